@@ -1,0 +1,56 @@
+"""`torch.export` with errors that name the line of the user's model."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class TraceError(ValueError):
+    """The model could not be captured; the message names the line of the model's code."""
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode for the whole model, and back to each module's own."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before:
+            module.training = flag
+
+
+def capture(
+    model: nn.Module, args: tuple, kwargs: dict, training: bool
+) -> torch.export.ExportedProgram:
+    """The model's graph in train or eval mode; the model is left as it was.
+
+    Raises:
+        TraceError: it could not be captured.
+    """
+    try:
+        with mode(model, training), torch.no_grad():
+            return torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        torch_root = os.path.dirname(torch.__file__)
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if not frame.filename.startswith((torch_root, os.path.dirname(__file__), "<"))
+        ]
+        where = ""
+        if frames:
+            last = frames[-1]
+            where = f"\n  at {last.filename}:{last.lineno} in {last.name}: {last.line}"
+        first_line = next((x for x in str(error).splitlines() if x.strip()), "")
+        raise TraceError(
+            f"model: torch.export could not capture {type(model).__name__}: "
+            f"{type(error).__name__}: {first_line}{where}"
+        ) from error

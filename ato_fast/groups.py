@@ -1,0 +1,247 @@
+"""The channel layout of a model as plain data: gates, slices and what could not be pruned.
+
+Nothing here knows `torch.nn`. `trace.py` makes a `GroupLayout` from a model; every other module
+reads it.
+
+Vocabulary:
+
+* **gate**: one space of ``n`` channels that live or die together across layers;
+* **group** (zero-invariant group, ZIG): one channel of one gate, i.e. one entry of the mask;
+* **mask**: one flat vector over all groups, gate by gate; 1 keeps the group, 0 drops it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+ROLES = ("row", "affine", "stat", "input")
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The part of one tensor that belongs to one gate.
+
+    Args:
+        tensor: dotted name in ``model.state_dict()``.
+        dim: dimension of the tensor that carries the channels.
+        channels: int64 array ``[tensor.shape[dim]]``; entry = channel of the gate, -1 = not in it.
+        role: ``row`` (produces the channel: conv/linear rows and their bias), ``affine`` (norm
+            weight/bias), ``stat`` (running mean/variance), ``input`` (columns that consume it).
+            ``row`` and ``affine`` together are the zero-invariant group: they are normed and
+            projected. ``stat`` and ``input`` are only cut when shrinking.
+        gated: multiplying these entries by a gate value w >= 0 multiplies the channel's
+            pre-activation by w. True for the last affine before a consumer, or for the producing
+            rows where no affine follows.
+    """
+
+    tensor: str
+    dim: int
+    channels: np.ndarray
+    role: str
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role: expected one of {ROLES}, got {self.role!r}")
+
+    @property
+    def in_group(self) -> bool:
+        """Whether the slice is part of the zero-invariant group (normed and projected)."""
+        return self.role in ("row", "affine")
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """``n`` channels that live or die together; ``offset`` is their place in the flat mask."""
+
+    name: str
+    n: int
+    slices: tuple[Slice, ...]
+    offset: int
+    residual: bool = False
+    """A residual add couples the channels of several producers (offered in scope ``all`` only)."""
+
+    @property
+    def span(self) -> slice:
+        """Where this gate's channels lie in the flat mask."""
+        return slice(self.offset, self.offset + self.n)
+
+
+@dataclass(frozen=True)
+class Unprunable:
+    """A parameter whose channels are in no gate, and why."""
+
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class MacTerm:
+    """``coef * prod(kept(tensor, dim) for tensor, dim in dims)`` multiply-adds per example.
+
+    ``out_per_channel`` is the number of output elements per output channel of the operation
+    (H*W of a convolution), which the published FLOP count needs.
+    """
+
+    name: str
+    coef: int
+    dims: tuple[tuple[str, int], ...]
+    out_per_channel: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayout:
+    """Gates and groups of one model, with everything left out and the reason for it.
+
+    Args:
+        gates: in forward order; ``gates[k].offset`` are consecutive.
+        unprunable: parameters in no group.
+        shapes: shape of every tensor of ``model.state_dict()``.
+        parameters: names of the tensors that are parameters (the rest are buffers).
+        mac_terms: multiply-adds of the whole model as products of kept channel counts.
+        scope: ``inner`` or ``all``.
+    """
+
+    gates: tuple[Gate, ...]
+    unprunable: tuple[Unprunable, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    parameters: tuple[str, ...]
+    mac_terms: tuple[MacTerm, ...]
+    scope: str = "inner"
+    model_name: str = "model"
+    slices_of: Mapping[tuple[str, int], tuple[tuple[Gate, Slice], ...]] = field(
+        init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        offset = 0
+        table: dict[tuple[str, int], list[tuple[Gate, Slice]]] = {}
+        for gate in self.gates:
+            if gate.offset != offset:
+                raise ValueError(f"gate {gate.name}: expected offset {offset}, got {gate.offset}")
+            offset += gate.n
+            for part in gate.slices:
+                if part.tensor not in self.shapes:
+                    raise ValueError(f"gate {gate.name}: unknown tensor {part.tensor!r}")
+                expected = self.shapes[part.tensor][part.dim]
+                if len(part.channels) != expected:
+                    raise ValueError(
+                        f"gate {gate.name}, {part.tensor} dim {part.dim}: expected a channel map "
+                        f"of length {expected}, got {len(part.channels)}"
+                    )
+                table.setdefault((part.tensor, part.dim), []).append((gate, part))
+        object.__setattr__(self, "slices_of", {k: tuple(v) for k, v in table.items()})
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups = length of the mask."""
+        return sum(gate.n for gate in self.gates)
+
+    def gate(self, name: str) -> Gate:
+        """The gate called ``name``; KeyError lists the names there are."""
+        for gate in self.gates:
+            if gate.name == name:
+                return gate
+        raise KeyError(f"no gate {name!r}; gates: {', '.join(g.name for g in self.gates)}")
+
+    def groups_of(self, tensor: str, dim: int) -> np.ndarray:
+        """Flat group index per entry of ``tensor`` along ``dim``; -1 = in no gate.
+
+        Returns an int64 array ``[shape[dim]]``.
+        """
+        groups = np.full(self.shapes[tensor][dim], -1, dtype=np.int64)
+        for gate, part in self.slices_of.get((tensor, dim), ()):
+            member = part.channels >= 0
+            groups[member] = part.channels[member] + gate.offset
+        return groups
+
+    def check_mask(self, mask: torch.Tensor | np.ndarray, name: str = "mask") -> torch.Tensor:
+        """``mask`` as a tensor ``[n_groups]``.
+
+        Raises:
+            ValueError: not one entry per group, or a value outside [0, 1].
+        """
+        mask = torch.as_tensor(mask)
+        if tuple(mask.shape) != (self.n_groups,):
+            raise ValueError(
+                f"{name}: expected shape ({self.n_groups},), one entry per group, "
+                f"got {tuple(mask.shape)}"
+            )
+        if mask.dtype != torch.bool and mask.numel():
+            values = mask.detach()
+            if not bool(((values >= 0) & (values <= 1)).all()):
+                raise ValueError(f"{name}: expected values in [0, 1], got others or NaN")
+        return mask
+
+    def check_keep(self, mask: torch.Tensor | np.ndarray, name: str = "mask") -> torch.Tensor:
+        """``mask`` as a bool tensor on CPU that keeps at least one channel of every gate.
+
+        Raises:
+            ValueError: wrong size, a value that is neither 0 nor 1, or a gate left empty.
+        """
+        mask = self.check_mask(mask, name).detach().cpu()
+        if mask.dtype != torch.bool:
+            if not bool(((mask == 0) | (mask == 1)).all()):
+                raise ValueError(f"{name}: expected only 0 (drop) and 1 (keep)")
+            mask = mask.bool()
+        for gate in self.gates:
+            if not bool(mask[gate.span].any()):
+                raise ValueError(
+                    f"{name}: it drops all {gate.n} channels of gate {gate.name}; "
+                    "keep at least one channel of every gate"
+                )
+        return mask
+
+    def kept_indices(self, mask: torch.Tensor | np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+        """Indices to keep per (tensor, dim) that loses any, for a mask that empties no gate."""
+        keep = self.check_keep(mask).numpy()
+        kept = {}
+        for tensor, dim in self.slices_of:
+            groups = self.groups_of(tensor, dim)
+            alive = (groups < 0) | keep[groups]
+            if not alive.all():
+                kept[tensor, dim] = np.flatnonzero(alive)
+        return kept
+
+    @cached_property
+    def _cost(self):
+        from .cost import Cost
+
+        return Cost(self)
+
+    def macs(self, mask=None):
+        """Multiply-adds of the whole model per example (one multiply-add = 1).
+
+        Returns an int, or a 0-dim float64 tensor (differentiable) if ``mask`` is a floating tensor.
+        """
+        return self._cost.macs(mask)
+
+    def params(self, mask=None):
+        """Number of parameters of the whole model; return type as `macs`."""
+        return self._cost.params(mask)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of gates and channel maps: equal iff two layouts describe the same groups."""
+        digest = hashlib.sha256()
+        for gate in self.gates:
+            digest.update(json.dumps([gate.name, gate.n]).encode())
+            for part in gate.slices:
+                digest.update(json.dumps([part.tensor, part.dim, part.role, part.gated]).encode())
+                digest.update(np.ascontiguousarray(part.channels, dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Gate]:
+        return iter(self.gates)
+
+    def __str__(self) -> str:
+        from .report import layout_table
+
+        return layout_table(self)

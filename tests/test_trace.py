@@ -1,0 +1,529 @@
+"""Tracing: gates, couplings, refusals, and that the model is left alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Forward, Plain, Residual, conv_bn_relu, random_mask, randomise_norms
+from torch import nn
+
+import ato_fast as ato
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def gates_of(layout) -> dict[str, int]:
+    return {gate.name: gate.n for gate in layout}
+
+
+def reason(layout, tensor: str) -> str:
+    return {entry.tensor: entry.reason for entry in layout.unprunable}[tensor]
+
+
+def assert_exact(model, layout, x=X, seeds=(0, 1)):
+    """The shrunk model equals the masked one, and the gates of a mask of ones change nothing."""
+    model = randomise_norms(copy.deepcopy(model)).eval()
+    for seed in seeds:
+        mask = random_mask(layout, seed)
+        masked = copy.deepcopy(model)
+        ato.zero_(masked, layout, mask)
+        small = ato.shrink(model, layout, mask)
+        expected, got = masked(x), small(x)
+        scale = expected.abs().max()
+        assert scale > 0
+        assert (expected - got).abs().max() <= 1e-5 * scale
+        assert layout.params(mask) == sum(p.numel() for p in small.parameters())
+
+
+def slices(layout, gate):
+    return {(s.tensor, s.dim, s.role, s.gated) for s in layout.gate(gate).slices}
+
+
+def test_plain_net_has_a_gate_per_convolution():
+    layout = ato.trace(Plain(), (X,))
+    assert gates_of(layout) == {"a.0": 8, "b.0": 12}
+    assert slices(layout, "a.0") == {
+        ("a.0.weight", 0, "row", False),
+        ("a.1.weight", 0, "affine", True),
+        ("a.1.bias", 0, "affine", True),
+        ("a.1.running_mean", 0, "stat", False),
+        ("a.1.running_var", 0, "stat", False),
+        ("b.0.weight", 1, "input", False),
+    }
+    assert_exact(Plain(), layout)
+
+
+def test_scopes_of_a_residual_block():
+    model = Residual()
+    inner = ato.trace(model, (X,))
+    assert gates_of(inner) == {"inner.0": 6}
+    assert "residual add" in reason(inner, "stem.0.weight")
+    everything = ato.trace(model, (X,), scope="all")
+    assert gates_of(everything) == {"stem.0": 8, "inner.0": 6}
+    coupled = {s.tensor for s in everything.gate("stem.0").slices if s.role == "row"}
+    assert coupled == {"stem.0.weight", "outer.0.weight"}
+    assert everything.gate("stem.0").residual and not everything.gate("inner.0").residual
+    assert_exact(model, inner)
+    assert_exact(model, everything)
+
+
+def test_every_parameter_is_in_a_group_or_has_a_reason():
+    for scope in ("inner", "all"):
+        layout = ato.trace(Residual(), (X,), scope=scope)
+        grouped = {s.tensor for g in layout for s in g.slices if s.in_group}
+        left = {entry.tensor for entry in layout.unprunable}
+        assert grouped | left == set(layout.parameters)
+        assert not grouped & left
+        assert all(entry.reason for entry in layout.unprunable)
+
+
+def test_bias_without_norm_is_gated_at_the_rows():
+    model = Forward(
+        lambda m, x: m["c"](torch.relu(m["a"](x))).mean((2, 3)),
+        a=nn.Conv2d(3, 8, 3), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert slices(layout, "parts.a") == {
+        ("parts.a.weight", 0, "row", True),
+        ("parts.a.bias", 0, "row", True),
+        ("parts.c.weight", 1, "input", False),
+    }
+    assert_exact(model, layout)
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_depthwise_goes_with_its_input(multiplier):
+    model = Forward(
+        lambda m, x: m["project"](m["depthwise"](m["expand"](x))).mean((2, 3)),
+        expand=conv_bn_relu(3, 8),
+        depthwise=conv_bn_relu(8, 8 * multiplier, groups=8),
+        project=nn.Conv2d(8 * multiplier, 4, 1),
+    )
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.expand.0": 8}
+    channels = next(
+        s.channels for s in layout.gates[0].slices if s.tensor == "parts.depthwise.0.weight"
+    )
+    assert channels.tolist() == [c for c in range(8) for _ in range(multiplier)]
+    gated = {s.tensor for s in layout.gates[0].slices if s.gated}
+    assert {"parts.expand.1.weight", "parts.depthwise.1.weight"} <= gated
+    assert_exact(model, layout)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(12, 6), (12, 2), (12, 3), (12, 4)])
+def test_grouped_convolution(width, groups):
+    model = Forward(
+        lambda m, x: m["c"](m["b"](m["a"](x))).mean((2, 3)),
+        a=conv_bn_relu(3, width), b=conv_bn_relu(width, 2 * width, groups=groups),
+        c=nn.Conv2d(2 * width, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    per_group = width // groups
+    if groups >= per_group:
+        assert gates_of(layout) == {"parts.a.0": groups}
+    else:
+        assert gates_of(layout) == {"parts.a.0": per_group, "parts.b.0": 2 * width // groups}
+    assert_exact(model, layout, seeds=range(4))
+
+
+def test_grouped_convolution_keeps_its_groups_when_only_rows_go():
+    """Half of the rows of every group is as many rows as one whole group."""
+    model = Forward(
+        lambda m, x: m["c"](m["b"](m["a"](x))).mean((2, 3)),
+        a=conv_bn_relu(3, 8), b=conv_bn_relu(8, 8, groups=2), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    mask = torch.ones(layout.n_groups, dtype=torch.bool)
+    mask[layout.gate("parts.b.0").offset + 1 : layout.gate("parts.b.0").offset + 3] = False
+    small = ato.shrink(model, layout, mask)
+    conv = small.parts["b"][0]
+    assert (conv.groups, conv.in_channels, conv.out_channels) == (2, 8, 4)
+    assert small(X).shape == (2, 4)
+
+
+def test_one_channel_convolution_is_not_depthwise():
+    model = Forward(
+        lambda m, x: m["c"](m["a"](x)).mean((2, 3)),
+        a=conv_bn_relu(1, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X[:, :1],))
+    assert gates_of(layout) == {"parts.a.0": 8}
+    assert_exact(model, layout, X[:, :1])
+
+
+def test_concat_keeps_producers_apart():
+    model = Forward(
+        lambda m, x: m["c"](torch.cat([m["a"](x), x, m["b"](x)], 1)).mean((2, 3)),
+        a=conv_bn_relu(3, 4), b=conv_bn_relu(3, 6), c=nn.Conv2d(13, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.a.0": 4, "parts.b.0": 6}
+    reads = next(s for s in layout.gate("parts.b.0").slices if s.role == "input")
+    assert reads.channels.tolist() == [-1] * 7 + list(range(6))
+    assert_exact(model, layout)
+
+
+def test_flatten_to_linear_repeats_channels():
+    model = Forward(
+        lambda m, x: m["head"](torch.flatten(m["a"](x), 1)),
+        a=conv_bn_relu(3, 4), head=nn.Linear(4 * 64, 5),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    reads = next(s for s in layout.gates[0].slices if s.role == "input")
+    assert reads.channels.tolist() == [c for c in range(4) for _ in range(64)]
+    assert_exact(model, layout)
+
+
+def test_dense_block_norms_belong_to_their_producers():
+    model = Forward(
+        lambda m, x: m["c"](m["norm"](torch.cat([m["a"](x), m["b"](x)], 1)).relu()).mean((2, 3)),
+        a=nn.Conv2d(3, 4, 1, bias=False), b=nn.Conv2d(3, 6, 1, bias=False),
+        norm=nn.BatchNorm2d(10), c=nn.Conv2d(10, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    affine = next(s for s in layout.gate("parts.b").slices if s.tensor == "parts.norm.weight")
+    assert affine.gated and affine.channels.tolist() == [-1] * 4 + list(range(6))
+    assert_exact(model, layout)
+
+
+def test_squeeze_excite_follows_its_channels():
+    model = Forward(
+        lambda m, x: m["c"]((y := m["a"](x)) * torch.sigmoid(
+            m["up"](torch.relu(m["down"](y.mean((2, 3), keepdim=True)))))).mean((2, 3)),
+        a=conv_bn_relu(3, 8), down=nn.Conv2d(8, 4, 1), up=nn.Conv2d(4, 8, 1),
+        c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.a.0": 8, "parts.down": 4}
+    up = next(s for s in layout.gate("parts.a.0").slices if s.tensor == "parts.up.weight")
+    assert up.role == "row" and not up.gated
+    assert_exact(model, layout)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (torch.sigmoid, "sigmoid"),
+        (lambda y: y + 1, "adding 1"),
+        (lambda y: torch.clamp(y, 0.5, 2.0), "clamp to"),
+        (lambda y: F.pad(y, (1, 1, 1, 1), value=2.0), "padding with 2"),
+        (lambda y: torch.sort(y, dim=1)[0], "sort"),
+        (lambda y: torch.softmax(y, 1), "softmax"),
+        (lambda y: y.roll(1, 1), "roll"),
+        (lambda y: y[:, torch.arange(8).flip(0)], "index"),
+        (lambda y: y.cumsum(1), "cumsum"),
+        (lambda y: y / (y.abs() + 1), "dividing by a channel"),
+        (lambda y: y + torch.ones(8, 1, 1), "size is fixed"),
+        (lambda y: F.group_norm(y, 2), "normalisation"),
+        (lambda y: y.sqrt(), "sqrt"),
+    ],
+)
+def test_what_does_not_keep_zero_is_unprunable(function, words):
+    model = Forward(
+        lambda m, x: m["c"](function(m["a"](x))).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {}
+    assert words in reason(layout, "parts.a.0.weight")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.silu,
+        F.gelu,
+        torch.tanh,
+        F.hardswish,
+        F.relu6,
+        lambda y: F.leaky_relu(y, 0.1),
+        lambda y: y * 2 / 3,
+        lambda y: F.max_pool2d(y, 2),
+        lambda y: F.avg_pool2d(y, 2),
+        lambda y: F.adaptive_avg_pool2d(y, 3),
+        lambda y: F.adaptive_max_pool2d(y, 3),
+        lambda y: F.pad(y, (1, 1, 1, 1)),
+        lambda y: F.pad(y, (1, 1, 1, 1), "reflect"),
+        lambda y: y * F.relu6(y + 3) / 6,
+        lambda y: y.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
+        lambda y: y.transpose(1, 3).transpose(1, 3),
+        lambda y: y.flatten(2).reshape(2, -1, 8, 8),
+        lambda y: F.dropout(y, 0.5, False),
+        lambda y: F.interpolate(y, scale_factor=2),
+        lambda y: y.abs().pow(2),
+        lambda y: y - 0.5 * y,
+        lambda y: torch.clamp(y, -1, 1),
+        lambda y: y.unsqueeze(1).squeeze(1),
+        lambda y: y.contiguous().clone(),
+    ],
+)
+def test_what_keeps_zero_is_prunable(function):
+    model = Forward(
+        lambda m, x: m["c"](function(m["a"](x))).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    ).eval()  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.a.0": 8}
+    assert_exact(model, layout)
+
+
+def test_channel_shuffle_couples_across_groups():
+    def shuffle(y):
+        n, c, h, w = y.shape
+        return y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+    model = Forward(
+        lambda m, x: m["c"](shuffle(m["a"](x))).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.a.0": 4}
+    assert_exact(model, layout, seeds=range(4))
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_a_hard_coded_size_is_found_before_training(computed):
+    def forward(m, x):
+        y = m["b"](m["a"](x))
+        return m["head"](y.view(-1, y.shape[1] * 64 if computed else 6 * 64))
+
+    model = Forward(forward, a=conv_bn_relu(3, 8), b=conv_bn_relu(8, 6), head=nn.Linear(6 * 64, 5))
+    layout = ato.trace(model, (X,))
+    if computed:
+        assert gates_of(layout) == {"parts.a.0": 8, "parts.b.0": 6}
+    else:
+        assert gates_of(layout) == {"parts.a.0": 8}
+        assert "hard-codes this number of channels" in reason(layout, "parts.b.0.weight")
+    assert_exact(model, layout)
+
+
+def test_in_place_change_of_shape():
+    model = Forward(
+        lambda m, x: m["c"](m["a"](x).unsqueeze_(1).squeeze_(1)).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.a.0": 8}
+
+
+def test_norm_without_affine_is_unprunable():
+    model = Forward(
+        lambda m, x: m["c"](m["n"](m["a"](x)).relu()).mean((2, 3)),
+        a=nn.Conv2d(3, 8, 1), n=nn.BatchNorm2d(8, affine=False), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert "batch norm without affine" in reason(layout, "parts.a.weight")
+
+
+def test_a_channel_read_twice_is_lost_where_one_reader_is():
+    model = Forward(
+        lambda m, x: (m["c"](y := m["a"](x)) + m["d"](torch.sigmoid(y))).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1), d=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {}
+    assert "sigmoid(0) is not 0" in reason(layout, "parts.a.0.weight")
+
+
+def test_in_place_operations_change_every_name_of_the_value():
+    def forward(m, x):
+        y = m["a"](x)
+        y.add_(1)
+        return m["c"](y).mean((2, 3))
+
+    model = Forward(
+        forward, a=nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), c=nn.Conv2d(8, 4, 1)
+    )
+    layout = ato.trace(model, (X,))
+    assert "adding 1" in reason(layout, "parts.a.0.weight")
+
+
+def test_in_place_through_a_view_is_refused():
+    def forward(m, x):
+        y = m["a"](x)
+        y.flatten(1).add_(1)
+        return m["c"](y).mean((2, 3))
+
+    model = Forward(
+        forward, a=nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), c=nn.Conv2d(8, 4, 1)
+    )
+    layout = ato.trace(model, (X,))
+    assert "in place through a view" in reason(layout, "parts.a.0.weight")
+
+
+def test_out_of_place_activation_leaves_its_input_alone():
+    """hardtanh keeps channels and zero; the sum of both is still zero with the group."""
+    model = Forward(
+        lambda m, x: m["c"](F.hardtanh(y := m["a"](x)) + y).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.a.0": 8}
+    assert_exact(model, layout)
+
+
+def test_a_module_used_twice_joins_both_uses():
+    model = Forward(
+        lambda m, x: m["c"](m["b"](m["b"](m["a"](x)))).mean((2, 3)),
+        a=conv_bn_relu(3, 8), b=conv_bn_relu(8, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.a.0": 8}
+    assert_exact(model, layout)
+
+
+def test_a_module_that_reads_fixed_and_free_channels_keeps_its_inputs():
+    model = Forward(
+        lambda m, x: m["c"](m["b"](m["a"](x)) + m["b"](x)).mean((2, 3)),
+        a=conv_bn_relu(3, 3), b=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,), scope="all")
+    assert gates_of(layout) == {"parts.b.0": 8}
+    assert_exact(model, layout)
+
+
+def test_a_weight_computed_in_the_forward_is_refused():
+    model = Forward(
+        lambda m, x: m["c"](F.conv2d(m["a"](x), m["b"].weight * 2).relu()).mean((2, 3)),
+        a=conv_bn_relu(3, 8), b=nn.Conv2d(8, 6, 1, bias=False), c=nn.Conv2d(6, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {}
+    assert "computed in the forward pass" in reason(layout, "parts.a.0.weight")
+    assert "used by mul outside any layer" in reason(layout, "parts.b.weight")
+    assert layout.macs() == 64 * (27 * 8 + 8 * 6 + 6 * 4)
+
+
+def test_a_weight_also_used_elsewhere_is_refused():
+    model = Forward(
+        lambda m, x: m["c"](m["a"](x)).mean((2, 3)) + m["a"][0].weight.sum(),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {}
+
+
+def test_tied_weights():
+    model = Forward(
+        lambda m, x: m["c"](m["b"](m["a"](x)).relu()).mean((2, 3)),
+        a=conv_bn_relu(3, 8), b=nn.Conv2d(8, 8, 1, bias=False), c=nn.Conv2d(8, 4, 1),
+        twin=nn.Conv2d(8, 8, 1, bias=False),
+    )  # fmt: skip
+    model.parts["twin"].weight = model.parts["b"].weight
+    layout = ato.trace(model, (X,))
+    small = ato.shrink(model, layout, random_mask(layout))
+    assert small.parts["twin"].weight is small.parts["b"].weight
+    assert_exact(model, layout)
+
+
+def test_training_only_heads_are_seen():
+    class Auxiliary(Plain):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(8, 5)
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            out = self.head(self.b(y).mean((2, 3)))
+            return (out, self.extra(y.mean((2, 3)))) if self.training else out
+
+    model = Auxiliary()
+    layout = ato.trace(model, (X,))
+    assert ("extra.weight", 1, "input", False) in slices(layout, "a.0")
+    assert reason(layout, "unused.weight") == "not used in the forward pass"
+    small = ato.shrink(model, layout, random_mask(layout)).train()
+    assert [y.shape for y in small(X)] == [(2, 5), (2, 5)]
+
+
+def test_training_mode_that_cannot_be_captured_is_not_fatal():
+    class Moody(Plain):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(8, 5)
+
+        def forward(self, x):
+            if self.training and x.sum() > 0:
+                return self.extra(self.a(x).mean((2, 3)))
+            return super().forward(x)
+
+    layout = ato.trace(Moody(), (X,))
+    assert gates_of(layout) == {"a.0": 8, "b.0": 12}
+    assert "training mode was not captured" in reason(layout, "extra.weight")
+
+
+def test_unread_and_single_channels_are_left_out():
+    model = Forward(
+        lambda m, x: (m["c"](m["a"](x)).mean((2, 3)), m["dead"](x), None)[0],
+        a=conv_bn_relu(3, 1), c=nn.Conv2d(1, 4, 1), dead=nn.Conv2d(3, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {}
+    assert reason(layout, "parts.a.0.weight") == "it has a single channel"
+
+
+def test_ignore_keeps_channels_whole():
+    layout = ato.trace(Plain(), (X,), ignore=["a.*"])
+    assert gates_of(layout) == {"b.0": 12}
+    assert reason(layout, "a.0.weight") == "left out by ignore="
+    with pytest.raises(ValueError, match="no module or parameter is called 'zzz'"):
+        ato.trace(Plain(), (X,), ignore=["zzz"])
+    with pytest.raises(TypeError, match="ignore: expected a list of names"):
+        ato.trace(Plain(), (X,), ignore="a")
+
+
+def test_tracing_leaves_the_model_alone():
+    model = randomise_norms(Residual()).train()
+    model.inner.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    ato.trace(model, (X,), scope="all")
+    assert [m.training for m in model.modules()] == modes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_linear_only_network():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.GELU(), nn.Linear(7, 3))
+    layout = ato.trace(model, (torch.randn(4, 6),))
+    assert gates_of(layout) == {"0": 8, "2": 7}
+    assert_exact(model, layout, torch.randn(4, 6))
+
+
+def test_layer_norm_says_why():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    layout = ato.trace(model, (torch.randn(4, 6),))
+    assert reason(layout, "0.weight") == "LayerNorm normalises over this dimension"
+    assert reason(layout, "1.weight") == "LayerNorm normalises over this dimension"
+
+
+def test_capture_failure_names_the_line():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x):
+            if x.sum() > 0:
+                return self.a(x)
+            return x
+
+    where = r"could not capture Branches(.|\n)*test_trace\.py:\d+ in forward: if x\.sum\(\) > 0"
+    with pytest.raises(ato.TraceError, match=where):
+        ato.trace(Branches(), (torch.randn(2, 3),))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"scope": "outer"}, ValueError, "scope: expected one of"),
+        ({"model": "resnet50"}, TypeError, "model: expected a torch.nn.Module, got str"),
+        ({"model": nn.DataParallel(Plain())}, TypeError, "trace model.module and wrap afterwards"),
+        ({"example_inputs": X}, TypeError, "example_inputs: expected a tuple"),
+    ],
+)
+def test_bad_arguments(arguments, error, words):
+    with pytest.raises(error, match=words):
+        ato.trace(**{"model": Plain(), "example_inputs": (X,), **arguments})

@@ -1,0 +1,150 @@
+"""recipe.json + model.safetensors: exact round trip, clear refusals, no pickle."""
+
+import json
+
+import pytest
+import torch
+from nets import Plain, Residual, random_mask, randomise_norms
+from torch import nn
+
+import ato_fast as ato
+
+X = torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture
+def small():
+    model = randomise_norms(Residual()).eval()
+    layout = ato.trace(model, (X,), scope="all")
+    return ato.shrink(model, layout, random_mask(layout))
+
+
+def test_round_trip_is_bit_exact(small, tmp_path):
+    ato.save(small, tmp_path / "out", budget={"macs": 0.5}, provenance={"seed": 3})
+    loaded = ato.load(tmp_path / "out", Residual).eval()
+    assert loaded.state_dict().keys() == small.state_dict().keys()
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert torch.equal(loaded(X), small(X))
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert recipe["budget"] == {"macs": 0.5} and recipe["provenance"] == {"seed": 3}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"recipe.json", "model.safetensors"}
+
+
+def test_loaded_model_can_be_saved_again(small, tmp_path):
+    ato.save(small, tmp_path / "a")
+    ato.save(ato.load(tmp_path / "a", Residual), tmp_path / "b")
+    for name in ("recipe.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    def build():
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(),
+                              nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))  # fmt: skip
+        model[4].weight = model[2].weight
+        return model
+
+    model = build()
+    layout = ato.trace(model, (torch.randn(1, 4),))
+    small = ato.shrink(model, layout, random_mask(layout))
+    ato.save(small, tmp_path)
+    loaded = ato.load(tmp_path, build)
+    assert loaded[4].weight is loaded[2].weight
+    assert torch.equal(loaded[2].weight, small[2].weight)
+
+
+def test_dense_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a module made by ato_fast.shrink"):
+        ato.save(Plain(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_provenance_that_json_cannot_hold(small, tmp_path):
+    with pytest.raises(TypeError):
+        ato.save(small, tmp_path / "out", provenance={"x": object()})
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ato.ArtifactError, match=r"recipe\.json: no such file"):
+        ato.load(tmp_path / "nowhere", Residual)
+
+
+def test_missing_weights(small, tmp_path):
+    ato.save(small, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ato.ArtifactError, match=r"model\.safetensors: No such file"):
+        ato.load(tmp_path, Residual)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_damaged_weights(small, tmp_path, damage):
+    ato.save(small, tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "truncate":
+        del data[-7:]
+    else:
+        data[-7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ato.ArtifactError, match=r"model\.safetensors: checksum does not match"):
+        ato.load(tmp_path, Residual)
+
+
+def test_tampered_recipe(small, tmp_path):
+    ato.save(small, tmp_path)
+    path = tmp_path / "recipe.json"
+    content = json.loads(path.read_text())
+    content["tensors"]["head.weight"]["keep"]["1"][0] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(ato.ArtifactError, match=r"recipe\.json: checksum does not match"):
+        ato.load(tmp_path, Residual)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not readable as JSON"), ("[]", "not a recipe"), ('{"format": "x"}', "not a recipe"),
+     ('{"format": "ato_fast.recipe", "version": 99}', "recipe version 99, this release reads 1")],
+)  # fmt: skip
+def test_not_a_recipe(tmp_path, text, words):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(ato.ArtifactError, match=words):
+        ato.load(tmp_path, Residual)
+
+
+def test_other_architectures_do_not_fit(small, tmp_path):
+    ato.save(small, tmp_path)
+    with pytest.raises(ato.ArtifactError, match="does not fit this model: it has no tensor"):
+        ato.load(tmp_path, Plain)
+
+    def wider():
+        model = Residual()
+        model.inner = nn.Sequential(nn.Conv2d(8, 9, 3), nn.BatchNorm2d(9))
+        return model
+
+    with pytest.raises(ato.ArtifactError, match=r"has shape \[9.*the recipe was made for \[6"):
+        ato.load(tmp_path, wider)
+
+    def more():
+        model = Residual()
+        model.extra = nn.Linear(2, 2)
+        return model
+
+    with pytest.raises(ato.ArtifactError, match=r"missing \['extra.bias', 'extra.weight'\]"):
+        ato.load(tmp_path, more)
+    with pytest.raises(TypeError, match="build_model: expected a callable that returns"):
+        ato.load(tmp_path, lambda: None)
+
+
+def test_failed_write_leaves_the_old_files(small, tmp_path, monkeypatch):
+    ato.save(small, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ato.save(small, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

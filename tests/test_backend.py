@@ -1,0 +1,179 @@
+"""What serves each op, forcing a backend, and the checks of the op wrappers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from samples import VARIANTS, every_layout, layout_of, random_mask, set_grads
+
+from ato_fast import Prox, backend, ops
+
+CPU = torch.device("cpu")
+FP32 = [torch.float32]
+
+
+@pytest.fixture
+def arguments():
+    model = every_layout()
+    optimizer = VARIANTS[-1](model, layout_of(model), projection=Prox())
+    optimizer.set_mask(random_mask(optimizer.layout), threshold=0.5)
+    set_grads(model, 0)
+    return dict(zip(NAMES, optimizer.op_arguments(), strict=True))
+
+
+NAMES = [
+    part.split()[-1] for part in ops.SCHEMAS["group_step_"].split(")->")[0].strip("()").split(", ")
+]
+NAMES[-1] = "projection_args"
+
+
+def test_auto_takes_the_cpu_kernel_for_fp32_and_the_reference_otherwise(monkeypatch):
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    for op in backend.OPS:
+        assert backend.serving(op, CPU, FP32) == "cpu"
+        assert backend.serving(op, CPU, [torch.float64]) == "reference"
+        assert backend.serving(op, CPU, [torch.float32, torch.bfloat16]) == "reference"
+        assert backend.serving(op, torch.device("cuda"), FP32) == "reference"
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_a_forced_backend_is_what_runs(name, monkeypatch, arguments):
+    called = []
+    monkeypatch.setenv(backend.VARIABLE, name)
+    original = backend._REFERENCE["group_step_"]
+    monkeypatch.setitem(
+        backend._REFERENCE, "group_step_", lambda *a: (called.append(1), original(*a))
+    )
+    ops.group_step_(**arguments)
+    assert bool(called) == (name == "reference")
+
+
+def test_an_unknown_name_raises(monkeypatch, arguments):
+    monkeypatch.setenv(backend.VARIABLE, "cudnn")
+    with pytest.raises(backend.BackendError, match="expected one of auto, triton.*got 'cudnn'"):
+        ops.group_step_(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("cuda", "it needs cuda tensors, got cpu tensors"), ("triton", "there is no Triton kernel")],
+)
+def test_a_forced_backend_that_cannot_serve_raises_and_says_why(
+    name, reason, monkeypatch, arguments
+):
+    monkeypatch.setenv(backend.VARIABLE, name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    before = arguments["params"][0].clone()
+    with pytest.raises(backend.BackendError, match=f"{name} cannot serve .*({reason})"):
+        ops.group_step_(**arguments)
+    assert torch.equal(arguments["params"][0], before)
+
+
+def test_a_forced_backend_that_was_not_built_raises(monkeypatch, arguments):
+    missing = backend.Extension("_C", "ato_fast._C was not built")
+    monkeypatch.setattr(backend, "extension", lambda name: missing)
+    monkeypatch.setenv(backend.VARIABLE, "cpu")
+    with pytest.raises(backend.BackendError, match="_C was not built"):
+        ops.group_step_(**arguments)
+    monkeypatch.setenv(backend.VARIABLE, "auto")
+    assert backend.serving("group_step_", CPU, FP32) == "reference"
+    assert "was not built" in backend.report()
+
+
+def test_report_names_every_backend(monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "auto")
+    report = backend.report()
+    assert "cpu       group_step_  ready" in report
+    assert all(word in report for word in ("cuda", "triton", "group_norms"))
+
+
+def test_importing_loads_no_extension():
+    code = (
+        "import ato_fast.optimizer, ato_fast.backend as b;"
+        "assert b.extension.cache_info().currsize == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("first", lambda v: [], r"first: expected 1 flat buffer\(s\), got 0"),
+        ("second", lambda v: [v[0][:-1]], r"second\[0\]: expected a contiguous buffer"),
+        ("params", lambda v: [v[0][::2]], r"params\[0\]: expected a contiguous buffer"),
+        ("params", lambda v: [v[0].view(2, -1)], r"params\[0\]: expected a contiguous buffer"),
+        ("grads", lambda v: v[:-1], "grads: expected .*, one per tensor"),
+        ("tensors", lambda v: v[:, :3], r"tensors: expected int64 \[n, 4\] on the CPU"),
+        ("chunks", lambda v: v[:, :7], r"chunks: expected int64 \[n, 8\]"),
+        ("items", lambda v: v.to("meta"), r"items: expected int64 \[n, 4\] on cpu.*on meta"),
+        ("step", lambda v: v[:-1], "step: expected shape"),
+        ("strength", lambda v: v[:-1], "strength and threshold: expected one shape"),
+        ("optimizer", lambda v: 3, "optimizer: expected 0"),
+        ("projection", lambda v: -1, "projection: expected 0"),
+        ("hyper", lambda v: v[:-1], "hyper: expected rows of 6"),
+    ],
+)
+def test_the_wrapper_refuses(name, value, message, arguments):
+    before = arguments["params"][0].clone()
+    with pytest.raises(ValueError, match=message):
+        ops.group_step_(**{**arguments, name: value(arguments[name])})
+    assert torch.equal(arguments["params"][0], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grads", lambda v: [g.double() for g in v], r"grads\[0\]: expected float32"),
+        ("first", lambda v: [v[0].double()], r"first\[0\]: expected dtype"),
+        ("step", lambda v: v.double(), r"step\[0\]: expected dtype"),
+        ("chunks", lambda v: v.int(), "chunks: expected int64"),
+        (
+            "grads",
+            lambda v: [*v[:-1], torch.ones(5)],
+            r"grads\[\d+\]: expected \d+ elements or non",
+        ),
+        ("grad_scale", lambda v: torch.ones(2), "grad_scale: expected one element"),
+        ("found_inf", lambda v: torch.ones(1, dtype=torch.int32), "found_inf: expected float32"),
+        ("lr", lambda v: [torch.ones(1)] * 2, "lr: expected 1 tensors or none, got 2"),
+    ],
+)
+def test_the_cpu_kernel_refuses(name, value, message, arguments, monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "cpu")
+    before = arguments["params"][0].clone()
+    with pytest.raises(RuntimeError, match=message):
+        ops.group_step_(**{**arguments, name: value(arguments[name])})
+    assert torch.equal(arguments["params"][0], before)
+
+
+@pytest.mark.parametrize("with_grads", [False, True])
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_group_norms_and_opcheck(name, with_grads, monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, name)
+    model = every_layout()
+    optimizer = VARIANTS[-1](model, layout_of(model))
+    set_grads(model, 0)
+    model.heads.weight.grad = None
+    flat, plan = optimizer.flat, optimizer.flat.everything
+    grads = flat.gradients() if with_grads else []
+    arguments = (flat.buffers, grads, flat.tensors, plan.chunks, plan.items)
+    sums = ops.group_norms(*arguments, plan.n_slots, plan.n_projected)
+    expected = torch.zeros(len(plan.items), 3, dtype=torch.float64)
+    for item, gate_group in enumerate(plan.items[:, 2].tolist()):
+        for param, param_name in zip(flat.params, flat.names, strict=True):
+            for gate in optimizer.layout.gates:
+                for part in gate.slices:
+                    if part.tensor != param_name or not part.in_group:
+                        continue
+                    for channel, group in enumerate(part.channels.tolist()):
+                        if group >= 0 and group + gate.offset == gate_group:
+                            x = param.detach().double().select(part.dim, channel)
+                            g = torch.zeros_like(x)
+                            if param.grad is not None:
+                                g = param.grad.double().select(part.dim, channel)
+                            expected[item] += torch.stack(
+                                [(x * x).sum(), (g * g).sum(), (x * g).sum()]
+                            )
+    torch.testing.assert_close(sums, expected if with_grads else expected[:, :1])
+    op = torch.ops.ato_fast.group_norms.default
+    torch.library.opcheck(op, (*arguments, plan.n_slots, plan.n_projected))

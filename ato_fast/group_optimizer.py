@@ -1,0 +1,343 @@
+"""What `SGD` and `AdamW` share: flat buffers, mask and strengths, the step, state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .flat import FlatParameters
+from .groups import GroupLayout
+from .projection import Projection, check_projection
+from .reference import NO_PROJECTION
+
+EXTRA_KEY = "ato"
+"""Key of `state_dict` with what torch.optim does not know."""
+SCRATCH_PER_SLOT = 8
+
+
+class GroupOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers over flat buffers.
+
+    Parameter groups are fixed at construction. ``step`` reads no value back from the device.
+    """
+
+    _step_supports_amp_scaling = True
+    _code: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: GroupLayout,
+        params: Iterable[Mapping[str, Any]] | Iterable[nn.Parameter] | None,
+        defaults: dict[str, Any],
+        projection: Projection | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if not isinstance(layout, GroupLayout):
+            raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
+        self.projection = check_projection(projection)
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+        self._fixed = False
+        super().__init__(params, defaults)
+        self._fixed = True
+        for group in self.param_groups:
+            self._check_group(group)
+        self.layout = layout
+        self.flat = FlatParameters(model, layout, [g["params"] for g in self.param_groups])
+        device = self.flat.device
+        self._step_counts = torch.zeros(len(self.flat.params), device=device)
+        self._first: list[Tensor] = []
+        self._second: list[Tensor] = []
+        self._keep: Tensor | None = None
+        self._strength = torch.zeros(layout.n_groups, device=device)
+        self._threshold = torch.zeros(layout.n_groups, device=device)
+        self._no_lr = torch.empty(0, device=device)
+        self._use_mask(np.ones(layout.n_groups, dtype=bool))
+        self._prepare_state()
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _hyper_row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """weight_decay, beta1, beta2, eps, nesterov of one parameter group."""
+        raise NotImplementedError
+
+    def _needs_first(self) -> bool:
+        raise NotImplementedError
+
+    def _state_views(self, index: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds groups: the flat buffers are laid out once.
+
+        Raises:
+            RuntimeError: called later.
+        """
+        if self._fixed:
+            raise RuntimeError(
+                "add_param_group: the parameters already live in flat buffers; pass all groups as "
+                "params= of a new optimizer"
+            )
+        super().add_param_group(param_group)
+
+    def set_mask(
+        self,
+        mask: Tensor | np.ndarray | None,
+        strength: float | Tensor | None = None,
+        *,
+        threshold: float | Tensor | None = None,
+    ) -> None:
+        """Say which groups are dropped and how strongly they are pulled to zero each step.
+
+        Args:
+            mask: ``[n_groups]`` of 0 (drop) and 1 (keep), bool, int or float; None drops nothing.
+            strength: lambda, one number or ``[n_groups]``; the group loses the norm lr * lambda.
+            threshold: norm a group loses per step whatever lr is, one number or ``[n_groups]``.
+                Both add up; ``inf`` makes the group zero at the next step. None keeps the last
+                values (0 at first).
+
+        Raises:
+            ValueError: a mask of another size or with values other than 0 and 1; a negative or NaN
+                strength or threshold.
+        """
+        keep = np.ones(self.layout.n_groups, dtype=bool)
+        if mask is not None:
+            values = self.layout.check_mask(mask).detach().cpu().numpy()
+            if values.dtype != np.bool_ and not np.isin(values, (0, 1)).all():
+                raise ValueError("mask: expected only 0 (drop) and 1 (keep)")
+            keep = values.astype(bool)
+        self.set_strength(strength, threshold=threshold)
+        if not np.array_equal(keep, self._keep_array):
+            self._use_mask(keep)
+
+    def set_strength(
+        self, strength: float | Tensor | None = None, *, threshold: float | Tensor | None = None
+    ) -> None:
+        """New strengths for the same mask, written in place on the device; None keeps the old.
+
+        Raises:
+            ValueError: as `set_mask`; values of a tensor on an accelerator are not read back.
+        """
+        new = [
+            (_per_group(value, self._strength, name), held)
+            for value, held, name in (
+                (strength, self._strength, "strength"),
+                (threshold, self._threshold, "threshold"),
+            )
+            if value is not None
+        ]
+        for value, held in new:
+            held.copy_(value) if isinstance(value, Tensor) else held.fill_(value)
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask in use: bool ``[n_groups]`` on the CPU, True keeps."""
+        return torch.from_numpy(self._keep_array.copy())
+
+    @torch.no_grad()
+    def group_norms(self) -> Tensor:
+        """Norm of every group's current parameters (rows and affine), float32 ``[n_groups]``."""
+        return self._sums()[:, 0].sqrt().float()
+
+    @torch.no_grad()
+    def n_zero(self) -> Tensor:
+        """Number of dropped groups that are exactly zero, 0-dim int64 on the device."""
+        return ((self._sums()[:, 0] == 0) & self._dropped).sum()
+
+    def _sums(self) -> Tensor:
+        self.flat.check()
+        if not self.flat.buffers:
+            return torch.zeros(self.layout.n_groups, 1, dtype=torch.float64)
+        plan = self.flat.everything
+        return ops.group_norms(
+            self.flat.buffers, [], self.flat.tensors, plan.chunks, plan.items,
+            plan.n_slots, plan.n_projected,
+        )  # fmt: skip
+
+    def _use_mask(self, keep: np.ndarray) -> None:
+        self._keep_array = keep
+        self._plan = self.flat.plan(~keep)
+        self._dropped = torch.from_numpy(~keep).to(self.flat.device)
+        self._scratch = torch.zeros(
+            SCRATCH_PER_SLOT * self._plan.n_slots, dtype=torch.float64, device=self.flat.device
+        )
+
+    def _prepare_state(self) -> None:
+        """Make the state buffers the hyperparameters need and the views ``self.state`` shows."""
+        if not self._first and self._needs_first():
+            self._first = self.flat.new_state()
+        self._bind_state()
+
+    def _bind_state(self) -> None:
+        for index in range(self.flat.n_updated):
+            views = {"step": self._step_counts[index], **self._state_views(index)}
+            self.state[self.flat.params[index]] = views
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One update of every parameter with a gradient, and the projection of dropped groups.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a parameter was moved out of its flat buffer.
+            BackendError: a forced backend cannot serve this model.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.flat.buffers:
+            self.flat.check()
+            ops.group_step_(*self.op_arguments(), views=self.flat.params)
+        return loss
+
+    def op_arguments(self) -> tuple[Any, ...]:
+        """Arguments of ``ato_fast::group_step_`` (`ops.py`) for the step now due."""
+        if not self._first and self._needs_first():
+            self._prepare_state()
+        flat, plan = self.flat, self._plan
+        hyper: list[float] = []
+        rates: list[Tensor] = []
+        for group in self.param_groups:
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                rates.append(lr.to(flat.device, non_blocking=True))
+                lr = 0.0
+            else:
+                rates.append(self._no_lr)
+            hyper += (lr, *self._hyper_row(group))
+        if all(rate is self._no_lr for rate in rates):
+            rates = []
+        projection, constants = NO_PROJECTION, ()
+        if self.projection is not None and plan.n_projected:
+            projection, constants = self.projection.code, self.projection.args
+        return (
+            flat.buffers, self._first, self._second, self._step_counts, self._scratch,
+            flat.gradients(), flat.tensors, plan.chunks, plan.items, plan.work, plan.units,
+            self._strength, self._threshold, hyper, rates,
+            self._amp("grad_scale"), self._amp("found_inf"), plan.n_slots, plan.n_projected,
+            self._code, projection, constants,
+        )  # fmt: skip
+
+    def _amp(self, name: str) -> Tensor | None:
+        """``grad_scale`` or ``found_inf`` as GradScaler leaves it on the optimizer."""
+        value = getattr(self, name, None)
+        return value.to(self.flat.device, non_blocking=True) if isinstance(value, Tensor) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's dictionary, and under ``"ato"`` the mask, strengths and layout digest.
+
+        States refer to the live buffers, as torch's do. Parameters never updated have no state, as
+        in torch.
+        """
+        packed = super().state_dict()
+        counts = self._step_counts.tolist()
+        packed["state"] = {
+            key: dict(value) for key, value in packed["state"].items() if counts[key] > 0
+        }
+        packed[EXTRA_KEY] = {
+            "mask": self.mask,
+            "strength": self._strength,
+            "threshold": self._threshold,
+            "layout": self.layout.sha256,
+        }
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state_dict of this class or of torch.optim's; copies into the flat buffers.
+
+        A dictionary of torch.optim's leaves mask and strengths as they are.
+
+        Raises:
+            ValueError: other groups, shapes or layout, or an option this optimizer lacks
+                (maximize, amsgrad, differentiable); nothing has changed then.
+        """
+        groups = state_dict["param_groups"]
+        extra = state_dict.get(EXTRA_KEY)
+        values = self._matched_state(groups, state_dict["state"])
+        for group in groups:
+            self._check_group(group)
+        if extra is not None and extra["layout"] != self.layout.sha256:
+            raise ValueError(
+                f"state_dict: it belongs to another layout (digest {extra['layout'][:12]}, "
+                f"this one's is {self.layout.sha256[:12]})"
+            )
+        plain = {k: v for k, v in state_dict.items() if k != EXTRA_KEY}
+        super().load_state_dict({**plain, "state": {}})
+        self._step_counts.zero_()
+        self._prepare_state()
+        for index, views in enumerate(self.state[p] for p in self.flat.params[: len(values)]):
+            for key, view in views.items():
+                value = values[index].get(key)
+                view.copy_(value) if value is not None else view.zero_()
+        if extra is not None:
+            self.set_mask(extra["mask"], extra["strength"], threshold=extra["threshold"])
+
+    def _matched_state(
+        self, groups: list[dict[str, Any]], state: Mapping[int, Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Saved state per parameter of ours, checked against shapes."""
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"state_dict: expected {len(self.param_groups)} parameter group(s), "
+                f"got {len(groups)}"
+            )
+        values = []
+        for row, (saved, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if len(saved["params"]) != len(own["params"]):
+                raise ValueError(
+                    f"state_dict: group {row}: expected {len(own['params'])} parameters, "
+                    f"got {len(saved['params'])}"
+                )
+            for key, param in zip(saved["params"], own["params"], strict=True):
+                name = self.flat.names[len(values)]
+                entry = dict(state.get(key, {}))
+                self._complete(entry)
+                for field, value in entry.items():
+                    if field != "step" and isinstance(value, Tensor) and value.shape != param.shape:
+                        raise ValueError(
+                            f"state_dict: {name}, {field}: expected shape {tuple(param.shape)}, "
+                            f"got {tuple(value.shape)}"
+                        )
+                    if isinstance(value, (int, float)):
+                        entry[field] = torch.tensor(float(value))
+                values.append(entry)
+        return values
+
+    def _complete(self, entry: dict[str, Any]) -> None:
+        """Derive what torch's entry lacks."""
+
+
+def _per_group(value: float | Tensor, like: Tensor, name: str) -> float | Tensor:
+    """``value`` checked: a number >= 0 or a tensor ``[n_groups]`` of such (inf allowed)."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor) and value.dim() > 0:
+        if value.shape != like.shape:
+            raise ValueError(
+                f"{name}: expected one number or shape {tuple(like.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        value = value.detach()
+        if value.device.type == "cpu" and not bool((value >= 0).all()):
+            raise ValueError(f"{name}: expected values >= 0, got a negative one or NaN")
+        return value
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.device.type != "cpu":
+            return value.expand(like.shape)
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{name}: expected a number >= 0 or a tensor, got {value!r}")
+    return float(value)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import nn
@@ -36,8 +38,12 @@ def capture(
         TraceError: it could not be captured.
     """
     try:
-        with mode(model, training), torch.no_grad():
-            return torch.export.export(model, args, kwargs, strict=False)
+        # A failed export prints the graph so far; the error below says what matters of it.
+        printed = io.StringIO()
+        with mode(model, training), torch.no_grad(), redirect_stderr(printed):
+            program = torch.export.export(model, args, kwargs, strict=False)
+        sys.stderr.write(printed.getvalue())
+        return program
     except Exception as error:
         torch_root = os.path.dirname(torch.__file__)
         frames = [

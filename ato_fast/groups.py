@@ -119,6 +119,9 @@ class GroupLayout:
     slices_of: Mapping[tuple[str, int], tuple[tuple[Gate, Slice], ...]] = field(
         init=False, repr=False
     )
+    _groups_of: dict[tuple[str, int], np.ndarray] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         offset = 0
@@ -154,12 +157,17 @@ class GroupLayout:
     def groups_of(self, tensor: str, dim: int) -> np.ndarray:
         """Flat group index per entry of ``tensor`` along ``dim``; -1 = in no gate.
 
-        Returns an int64 array ``[shape[dim]]``.
+        Returns an int64 array ``[shape[dim]]``, read-only.
         """
+        known = self._groups_of.get((tensor, dim))
+        if known is not None:
+            return known
         groups = np.full(self.shapes[tensor][dim], -1, dtype=np.int64)
         for gate, part in self.slices_of.get((tensor, dim), ()):
             member = part.channels >= 0
             groups[member] = part.channels[member] + gate.offset
+        groups.flags.writeable = False
+        self._groups_of[tensor, dim] = groups
         return groups
 
     def check_mask(self, mask: torch.Tensor | np.ndarray, name: str = "mask") -> torch.Tensor:

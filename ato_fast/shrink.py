@@ -50,7 +50,7 @@ def zero_(model: nn.Module, layout: GroupLayout, mask) -> None:
     for (tensor, dim), parts in layout.slices_of.items():
         if not any(part.in_group for _, part in parts):
             continue
-        groups = torch.from_numpy(layout.groups_of(tensor, dim))
+        groups = torch.tensor(layout.groups_of(tensor, dim))
         dropped = torch.nonzero((groups >= 0) & ~keep[groups]).flatten()
         if len(dropped):
             target = tensors[tensor]

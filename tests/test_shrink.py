@@ -29,7 +29,7 @@ def test_zero_touches_dropped_groups_and_nothing_else(traced):
         for dim in range(tensor.dim()):
             parts = layout.slices_of.get((name, dim), ())
             if any(part.in_group for _, part in parts):
-                groups = torch.from_numpy(layout.groups_of(name, dim))
+                groups = torch.tensor(layout.groups_of(name, dim))
                 gone = (groups >= 0) & ~mask[groups]
                 changed.index_fill_(dim, gone.nonzero().flatten(), True)
         assert torch.equal(tensor[~changed], before[name][~changed])

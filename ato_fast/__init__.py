@@ -1,0 +1,40 @@
+"""ato_fast: train once, get a smaller network that computes exactly the same function.
+
+Auto-Train-Once (CVPR 2024) and its siblings over fused kernels. See README.md.
+"""
+
+from .artifact import ArtifactError, load, save
+from .budget import Budget
+from .capture import TraceError
+from .groups import Gate, GroupLayout, Slice, Unprunable
+from .methods import ATO, Result, hold_out
+from .optimizer import SGD, AdamW
+from .projection import HalfSpace, Prox
+from .schedule import Schedule
+from .shrink import shrink, zero_
+from .trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ATO",
+    "SGD",
+    "AdamW",
+    "ArtifactError",
+    "Budget",
+    "Gate",
+    "GroupLayout",
+    "HalfSpace",
+    "Prox",
+    "Result",
+    "Schedule",
+    "Slice",
+    "TraceError",
+    "Unprunable",
+    "hold_out",
+    "load",
+    "save",
+    "shrink",
+    "trace",
+    "zero_",
+]

@@ -1,0 +1,187 @@
+"""The search for a mask: controller, its data, its objective and its optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..budget import Budget, paper_ratio
+from ..controller import LIKELY, Controller, relax, resource_loss
+from ..cost import Cost
+from ..gates import Gates
+from ..groups import GroupLayout
+from .feed import Feed
+
+GAMMA = 8.0
+"""Weight of the resource loss: 2 times the published reg_w = 4 (spec of both ResNet runs)."""
+
+FIDELITIES = ("default", "paper")
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Default controller loss: cross-entropy of a batch ``(x, y)``, no smoothing, no mixup."""
+    x, y = batch
+    device = next(model.parameters()).device
+    return F.cross_entropy(model(x.to(device)), y.to(device))
+
+
+class Search:
+    """Trains a controller so that its masks keep the task loss low at the budget.
+
+    Args:
+        model, layout, budget: as for `ATO`.
+        fidelity: ``"default"``: one hard Gumbel draw for both loss terms, whole-model cost.
+            ``"paper"``: a soft draw for the task loss, an independent hard one for the cost, which
+            counts the gated part as published, against the converted ratio.
+        min_channels: every mask keeps at least so many channels per gate.
+        seed: of controller and data order.
+
+    Raises:
+        ValueError: unknown fidelity; a parameter budget with ``fidelity="paper"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: GroupLayout,
+        budget: Budget,
+        *,
+        fidelity: str = "default",
+        min_channels: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if fidelity not in FIDELITIES:
+            raise ValueError(f"fidelity: expected one of {FIDELITIES}, got {fidelity!r}")
+        if fidelity == "paper" and budget.kind != "macs":
+            raise ValueError("fidelity='paper' counts multiply-adds: expected Budget(macs=...)")
+        self.layout = layout
+        self.budget = budget
+        self.fidelity = fidelity
+        self.min_channels = min_channels
+        self.gates = Gates(model, layout)
+        widths = [gate.n for gate in layout.gates]
+        device = next(model.parameters()).device
+        self.controller = Controller(widths, seed=seed, device=device)
+        self.optimizer = self.controller.optimizer()
+        self.feed = Feed(seed)
+        self.losses: list[tuple[float, float, float]] = []
+        self.ratio = budget.target(layout) / budget.cost(layout)
+        self._cost = budget.cost
+        if fidelity == "paper":
+            paper = Cost(layout, "paper")
+            gated = paper.macs()
+            self.ratio = paper_ratio(self.ratio, layout.macs() + _extra(layout), gated)
+            self._cost = lambda _, mask: paper.macs(mask)
+        self._dense = float(self._cost(layout, None))
+
+    def step(
+        self, data: Iterable, loss_fn: Callable[[nn.Module, Any], Tensor], lr: float
+    ) -> tuple[float, float, float]:
+        """One controller step; returns (objective, task loss, resource loss).
+
+        Raises:
+            FloatingPointError: the task loss or the controller's logits are NaN or infinite.
+        """
+        batch = self.feed.next(data)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with torch.enable_grad():
+            task, resource = self._objective(batch, loss_fn)
+            objective = task + GAMMA * resource.to(task.dtype)
+            self.optimizer.zero_grad(set_to_none=True)
+            objective.backward()
+        values = torch.stack([x.detach().double() for x in (objective, task, resource)]).tolist()
+        for name, value in zip(("objective", "task loss", "resource loss"), values, strict=True):
+            if name != "objective" and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"controller step: the {name} is {value}; the masked network in eval mode "
+                    "gave it (look at the model's loss and running statistics)"
+                )
+        self.optimizer.step()
+        self.losses.append(tuple(values))
+        return tuple(values)
+
+    def _objective(
+        self, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.controller.logits()
+        noise = self.controller.noise()
+        hard = relax(logits + noise, hard=True)
+        gate = hard
+        if self.fidelity == "paper":
+            gate = relax(logits + self.controller.noise(), hard=False)
+        task = self.gates(gate, lambda model: loss_fn(model, batch))
+        if task.dim() != 0:
+            raise ValueError(
+                f"controller_loss: expected a scalar tensor, got shape {tuple(task.shape)}"
+            )
+        ratio = self._cost(self.layout, hard) / self._dense
+        return task, resource_loss(ratio, self.ratio)
+
+    @torch.no_grad()
+    def draw(self) -> Tensor:
+        """The mask the projection uses until the next draw; bool CPU ``[n_groups]``.
+
+        Default: a group is dropped if the controller would drop it more often than not (noise-free
+        logit below `LIKELY`) *and* a freeze now would drop it too. So an unconverged controller,
+        whose masks are all ones, drops nothing, and one that has overshot its budget never pulls at
+        groups the frozen mask would keep. No noise, so a group does not flicker between epochs.
+        Paper: one random draw.
+        """
+        logits = self.controller.logits()
+        if self.fidelity == "paper":
+            mask = relax(logits + self.controller.noise(), hard=True).bool().cpu()
+            return self._at_least(mask, logits)
+        return (logits >= LIKELY).cpu() | self.frozen_mask()
+
+    @torch.no_grad()
+    def frozen_mask(self) -> Tensor:
+        """The deterministic mask that meets the budget (`Budget.freeze`); bool CPU.
+
+        Raises:
+            FloatingPointError: the controller's logits are NaN.
+        """
+        logits = self.controller.logits().cpu()
+        if not bool(torch.isfinite(logits).all()):
+            raise FloatingPointError("controller: its logits are not finite, so no mask is defined")
+        return self.budget.freeze(self.layout, logits, self.min_channels)
+
+    def _at_least(self, mask: Tensor, logits: Tensor) -> Tensor:
+        """``mask`` with the best groups of a gate added where fewer than min_channels are kept."""
+        logits = logits.cpu()
+        for gate in self.layout.gates:
+            best = logits[gate.span].argsort(descending=True, stable=True)[: self.min_channels]
+            if int(mask[gate.span].sum()) < len(best):
+                mask[best + gate.offset] = True
+        return mask
+
+    def state_dict(self) -> dict:
+        """Everything the rest of the search depends on."""
+        return {
+            "controller": self.controller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "feed": self.feed.state_dict(),
+            "losses": [list(x) for x in self.losses],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` gave."""
+        self.controller.load_state_dict(state["controller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.feed.load_state_dict(state["feed"])
+        self.losses = [tuple(x) for x in state["losses"]]
+
+
+def _extra(layout: GroupLayout) -> int:
+    """What the published counting adds to a model's multiply-adds: 3 per gated output element."""
+    total = 0
+    for term in layout.mac_terms:
+        if any(key in layout.slices_of for key in term.dims):
+            tensor, dim = term.dims[0]
+            total += 3 * term.out_per_channel * layout.shapes[tensor][dim]
+    return total

@@ -1,0 +1,280 @@
+"""The command line: ``ato-fast train`` and ``ato-fast inspect``.
+
+Exit code 0: done. 1: a defect of ours, with a traceback. 2: something given does not work; one line
+on stderr says what, and nothing half-written is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+EXTRA = ("torchvision", "sklearn", "matplotlib", "tqdm")
+
+
+class BadInput(Exception):
+    """Something given does not work; the message is for the user."""
+
+
+@contextmanager
+def _refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of the given kinds, which name what was given, into `BadInput`."""
+    try:
+        yield
+    except kinds as error:
+        raise BadInput(" ".join(str(error).split())) from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        raise BadInput(f"needs {package}: pip install 'ato-fast[train]'") from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _amount(text: str) -> float | int:
+    """A fraction (``0.5``) or a count (``20000000``)."""
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected a fraction such as 0.5 or a whole number, got {text!r}"
+            ) from None
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """``3x224x224`` as channels, height, width."""
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected channels x height x width such as 3x224x224, got {text!r}"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser, with its subcommands."""
+    top = _Parser(prog="ato-fast", description="Train once, get a smaller equal network.")
+    top.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = top.add_subparsers(dest="command", parser_class=_Parser)
+    _add_train(commands.add_parser("train", help="train a dense twin and a network that shrinks"))
+    _add_inspect(commands.add_parser("inspect", help="what of a model can be pruned, and what not"))
+    return top
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    add = train.add_argument
+    add("--data", required=True, help="digits, fashion-mnist, cifar10, cifar100 or imagenet")
+    add("--data-root", type=Path, help="folder that holds the dataset; nothing is downloaded")
+    add("--model", required=True, help="resnet18/20/34/56, mobilenetv2, or torchvision/timm name")
+    budget = train.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--macs", type=_amount, help="MACs to keep: fraction of the whole or count")
+    budget.add_argument("--params", type=_amount, help="parameters to keep, likewise")
+    add("--epochs", type=int)
+    add("--batch-size", type=int)
+    add("--optimizer", choices=("sgd", "adamw"))
+    add("--lr", type=float, help="peak learning rate")
+    add("--weight-decay", type=float)
+    add("--label-smoothing", type=float)
+    add("--scope", choices=("inner", "all"), default="inner", help="all: also residual channels")
+    add("--schedule", choices=("default", "paper", "fast"), default="default")
+    add("--controller-steps", type=int, help="controller steps of the whole search; default 300")
+    add("--fidelity", choices=("default", "paper"), default="default")
+    add("--min-channels", type=int, default=1, help="channels every gate keeps at least")
+    add("--held-out", type=float, default=0.05, help="share of the data the controller sees")
+    add("--seed", type=int, default=0)
+    add("--no-dense", action="store_true", help="do not train the dense twin")
+    add("--output", type=Path, help="folder for what comes out; default runs/DATA-MODEL")
+    add("--resume", choices=("never", "auto"), default="never", help="auto: go on where it stopped")
+    add("--overwrite", action="store_true", help="start anew whatever --output holds")
+    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add("--device", default="auto", help="auto, cpu or cuda[:N]")
+    add("--workers", type=int, default=2, help="processes that read images (imagenet)")
+    train.set_defaults(run=_train)
+
+
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
+    add = inspect.add_argument
+    add("model", metavar="MODEL", help="as for train")
+    add("--data", help="take image shape and number of classes from this dataset")
+    add("--input-size", type=_shape, metavar="CxHxW", help="image shape, e.g. 3x224x224")
+    add("--classes", type=int, help="number of classes")
+    add("--scope", choices=("inner", "all"), default="inner")
+    add("--json", type=Path, metavar="FILE")
+    inspect.set_defaults(run=_inspect)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    with _refusing(ValueError, OSError):
+        from .job import prepare
+        from .settings import check_writable
+        from .table import closing_table
+
+        if arguments.json:
+            _check_json(arguments.json)
+            check_writable("--json", arguments.json.parent)
+        job = prepare(_settings(arguments), _place(arguments))
+    with _refusing(FloatingPointError, OSError):
+        result = job.run(tell=lambda line: print(line, file=sys.stderr))
+        if arguments.json:
+            _write_json(arguments.json, result)
+    print(closing_table(result))
+    return 0
+
+
+def _settings(arguments: argparse.Namespace):
+    from ..budget import Budget
+    from .settings import Settings
+
+    recipe = {
+        name: getattr(arguments, name)
+        for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "label_smoothing")
+    }
+    return Settings(
+        data=arguments.data,
+        model=arguments.model,
+        budget=Budget(macs=arguments.macs, params=arguments.params),
+        recipe=recipe,
+        scope=arguments.scope,
+        schedule=arguments.schedule,
+        controller_steps=arguments.controller_steps,
+        fidelity=arguments.fidelity,
+        min_channels=arguments.min_channels,
+        held_out=arguments.held_out,
+        seed=_seed(arguments.seed),
+        dense=not arguments.no_dense,
+    )
+
+
+def _place(arguments: argparse.Namespace):
+    from .settings import Place
+
+    default = Path("runs") / f"{arguments.data}-{arguments.model.replace(':', '-')}"
+    return Place(
+        output=arguments.output or default,
+        data_root=arguments.data_root,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        device=arguments.device,
+        workers=arguments.workers,
+    )
+
+
+def _seed(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed: expected 0 to 2**32 - 1, got {seed}")
+    return seed
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    with _refusing(ValueError, OSError):
+        import torch
+
+        from .. import trace
+        from . import models
+
+        shape, n_classes = _input_of(arguments)
+        if arguments.json:
+            _check_json(arguments.json)
+        model = models.build(arguments.model, n_classes, shape[0], shape[1:])
+        layout = trace(model, (torch.zeros(2, *shape),), scope=arguments.scope)
+        if arguments.json:
+            content = {"model": arguments.model, "input": list(shape), **_layout_json(layout)}
+            _write_json(arguments.json, content)
+    print(layout)
+    return 0
+
+
+def _input_of(arguments: argparse.Namespace) -> tuple[tuple[int, int, int], int]:
+    """Image shape and number of classes: as given, else the dataset's, else the model's usual."""
+    from . import data, models
+
+    if arguments.data:
+        data.check_name(arguments.data)
+        shape, n_classes = data.SHAPES[arguments.data]
+    else:
+        ours = arguments.model.removeprefix("cifar:") in models.CIFAR
+        shape, n_classes = data.SHAPES["cifar10" if ours else "imagenet"]
+    if arguments.classes is not None:
+        if arguments.classes < 1:
+            raise ValueError(f"--classes: expected at least 1, got {arguments.classes}")
+        n_classes = arguments.classes
+    return arguments.input_size or shape, n_classes
+
+
+def _layout_json(layout) -> dict[str, Any]:
+    from ..report import coverage
+
+    macs_frac, params_frac = coverage(layout)
+    return {
+        "scope": layout.scope,
+        "n_groups": layout.n_groups,
+        "macs": layout.macs(),
+        "params": layout.params(),
+        "reachable_macs_frac": macs_frac,
+        "reachable_params_frac": params_frac,
+        "gates": [
+            {
+                "name": gate.name,
+                "n": gate.n,
+                "residual": gate.residual,
+                "slices": [[s.tensor, s.dim, s.role] for s in gate.slices],
+            }
+            for gate in layout.gates
+        ],
+        "unprunable": [{"tensor": u.tensor, "reason": u.reason} for u in layout.unprunable],
+    }
+
+
+def _check_json(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"--json {path}: is a folder, expected a file name")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    from .checkpoint import write_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write_text(text))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    if arguments.version:
+        from .. import __version__
+
+        print(f"ato-fast {__version__}")
+        return 0
+    if arguments.command is None:
+        print("ato-fast: error: expected a command: train or inspect", file=sys.stderr)
+        return 2
+    # What it logs about a model that cannot be captured is in the error we raise.
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.CRITICAL)
+    try:
+        return arguments.run(arguments)
+    except BadInput as error:
+        print(f"ato-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ato-fast: interrupted; --resume auto continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+# Every target sets up what it needs in .venv and can be the first command on a bare machine that
+# has python3 (with venv), make and g++.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+PY := ato_fast kernels benchmarks tests setup.py
+
+.PHONY: install lint format test test-gpu bench demo clean
+
+install: $(STAMP)
+
+# torch first: the extension is built against it, without build isolation.
+$(STAMP): setup.py pyproject.toml constraints.txt $(CPP)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); } \
+	  || { echo "$(PYTHON) -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja numpy torch
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	.ci/banned $(PY) csrc
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.accuracy --data digits --model resnet20 --macs 0.5 \
+	  --seeds 0 1 2 --json runs/accuracy.json
+
+demo: $(STAMP)
+	$(BIN)/ato-fast train --data digits --model resnet20 --macs 0.5 \
+	  --output runs/demo --overwrite --json runs/demo/result.json
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .benchmarks *.egg-info
+	find ato_fast -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

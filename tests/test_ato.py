@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -312,3 +313,26 @@ def test_bad_parameters_are_named_at_the_end_of_the_epoch(layout):
         fresh.model.body[4].bias[0] = float("inf")
     with pytest.raises(FloatingPointError, match="parameter body.4.bias is not finite"):
         fresh.check_finite()
+
+
+def test_a_scaled_loss_trains_alike_and_bad_gradients_skip_the_step(layout):
+    plain, scaled = new_run(layout), new_run(layout)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = TRAIN
+    for step in range(3):
+        torch.manual_seed(step)
+        F.cross_entropy(plain.model(x), y).backward()
+        plain.step()
+        plain.zero_grad()
+        torch.manual_seed(step)
+        scaler.scale(F.cross_entropy(scaled.model(x), y)).backward()
+        scaled.step(scaler)
+        scaler.update()
+        scaled.zero_grad()
+    for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+    before = [p.detach().clone() for p in scaled.model.parameters()]
+    scaled.optimizer.set_mask(torch.arange(layout.n_groups) % 2 == 0, threshold=math.inf)
+    (scaler.scale(F.cross_entropy(scaled.model(x), y)) * math.inf).backward()
+    scaled.step(scaler)
+    assert all(torch.equal(a, b) for a, b in zip(before, scaled.model.parameters(), strict=True))

@@ -135,10 +135,15 @@ class ATO:
         """Clear the model's gradients."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self) -> None:
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Optimizer step with projection; controller steps, redraws and the freeze when due.
 
         Reads nothing back to the host, except where a controller step or an epoch ends.
+
+        Args:
+            scaler: where the loss was scaled, the scaler: it steps the optimizer, so that a step
+                with infinite gradients is skipped, projection included. Calling
+                ``scaler.update()`` stays with the caller.
 
         Raises:
             ValueError: no ``controller_data`` while the controller still needs it.
@@ -155,7 +160,10 @@ class ATO:
         with self._clock.measure("projection"):
             self._prepare(t)
         with self._clock.measure("masked step" if self._projecting else "plain step"):
-            self.optimizer.step()
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)
         self._step += 1
         due = self.schedule.controller_due(t)
         if due:

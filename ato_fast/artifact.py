@@ -205,10 +205,11 @@ def load(directory: str | os.PathLike, build_model: Callable[[], nn.Module]) -> 
             f"missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}"
         )
     for name, tensor in tensors.items():
-        if weights[name].shape != tensor.shape:
+        saved = weights[name]
+        if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
             raise ArtifactError(
-                f"{path} does not fit this model: {name} has shape {tuple(tensor.shape)}, "
-                f"the file holds {tuple(weights[name].shape)}"
+                f"{path} does not fit this model: {name} is {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}, the file holds {saved.dtype} of {tuple(saved.shape)}"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():

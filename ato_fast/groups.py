@@ -174,9 +174,15 @@ class GroupLayout:
         """``mask`` as a tensor ``[n_groups]``.
 
         Raises:
+            TypeError: nothing that a tensor can be made of.
             ValueError: not one entry per group, or a value outside [0, 1].
         """
-        mask = torch.as_tensor(mask)
+        try:
+            mask = torch.as_tensor(mask)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name}: expected a tensor or array, got {type(mask).__name__} {mask!r}"
+            ) from error
         if tuple(mask.shape) != (self.n_groups,):
             raise ValueError(
                 f"{name}: expected shape ({self.n_groups},), one entry per group, "

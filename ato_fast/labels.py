@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 NO_PIN = -1
+COMPUTED = "read by a weight that is computed in the forward pass or is a buffer"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class Value:
 class Labels:
     """Atoms, joins and blocks of one model; shared by all graphs traced from it.
 
-    ``fixed_sizes`` holds channels whose number a reshape spells out: the graph does not tell
-    whether the model computes that size or hard-codes it.
+    ``trainable`` names the tensors that are parameters; the rest are buffers.
     """
 
     n_atoms: int = 0
@@ -94,7 +94,7 @@ class Labels:
     consumed: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     attached: dict[tuple[str, int], tuple[np.ndarray, str]] = field(default_factory=dict)
     blocked_tensors: dict[str, str] = field(default_factory=dict)
-    fixed_sizes: list[np.ndarray] = field(default_factory=list)
+    trainable: frozenset[str] = frozenset()
     pin_sets: list[frozenset[tuple[str, int]]] = field(default_factory=list)
     _pin_ids: dict[frozenset[tuple[str, int]], int] = field(default_factory=dict)
 
@@ -157,6 +157,10 @@ class Labels:
         else:
             self.join(known[0], atoms, f"{tensor} is shared with a use whose channels are fixed")
 
+    def weight(self, value: Value | None) -> str | None:
+        """The parameter that a layer's weight or bias is; None if it is computed or a buffer."""
+        return value.tensor if value is not None and value.tensor in self.trainable else None
+
     def rows(self, tensor: str, dim: int, n: int) -> np.ndarray:
         """Atoms of the channels that ``tensor`` produces; the same at every use of the tensor."""
         known = self.attached.get((tensor, dim))
@@ -173,7 +177,7 @@ class Labels:
         """
         atoms, pins = value.atoms[dim], value.pins[dim]
         if tensor is None:
-            self.block(atoms, "read by a weight that is computed in the forward pass")
+            self.block(atoms, COMPUTED)
             return
         if atoms is None:
             atoms = np.full(value.shape[dim], -1, dtype=np.int64)

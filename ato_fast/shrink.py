@@ -11,17 +11,19 @@ import copy
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .groups import GroupLayout
 
 RECIPE = "ato_recipe"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def check_model(model: nn.Module, layout: GroupLayout) -> None:
     """Raise ValueError unless ``layout`` describes ``model``'s tensors."""
     shapes = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+    if not isinstance(layout, GroupLayout):
+        raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
     for name, shape in layout.shapes.items():
         if name not in shapes:
             raise ValueError(f"layout: not this model's, {name!r} is missing from the model")
@@ -92,6 +94,7 @@ def cut(model: nn.Module, kept: dict[tuple[str, int], np.ndarray]) -> None:
     by_tensor: dict[str, dict[int, np.ndarray]] = {}
     for (name, dim), indices in kept.items():
         by_tensor.setdefault(name, {})[dim] = indices
+    rows_of: dict[str, np.ndarray | None] = {}
     recipe = {name: dict(entry) for name, entry in previous.items()}
     for name, dims in by_tensor.items():
         old = tensors[name]
@@ -104,10 +107,10 @@ def cut(model: nn.Module, kept: dict[tuple[str, int], np.ndarray]) -> None:
         new = _select(old, dims)
         for alias in names[id(old)]:
             recipe[alias] = entry
+            rows_of[alias] = dims.get(0)
             _replace(model, alias, new)
     for name, module in model.named_modules():
-        rows = by_tensor.get(f"{name}.weight" if name else "weight", {}).get(0)
-        _refit(module, rows)
+        _refit(module, rows_of.get(f"{name}.weight" if name else "weight"))
     setattr(model, RECIPE, recipe)
 
 
@@ -139,10 +142,7 @@ def _refit(module: nn.Module, kept_rows: np.ndarray | None) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return
-    if isinstance(module, _ConvTransposeNd):
-        module.in_channels = weight.shape[0]
-        module.out_channels = weight.shape[1] * module.groups
-    elif isinstance(module, _ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         if module.groups > 1 and kept_rows is not None:
             rows_per_group = module.out_channels // module.groups
             count = np.bincount(kept_rows // rows_per_group, minlength=module.groups)
@@ -153,7 +153,7 @@ def _refit(module: nn.Module, kept_rows: np.ndarray | None) -> None:
         module.in_channels = weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, _NormBase):
+    elif isinstance(module, BATCH_NORMS):
         module.num_features = weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]

@@ -1,7 +1,7 @@
 """From a model to its `GroupLayout`, through `torch.export`'s graph of ATen operations.
 
-The exported graph is walked once; `rules.py` says what each operation does to channels and
-`labels.py` keeps the books. No private torch API is used.
+The exported graphs (evaluation and training) are walked once each; `rules` says what each operation
+does to channels, `labels.py` keeps the books, and `verify.py` tries the result on a copy.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import rules
 from .assemble import assemble
-from .capture import TraceError, capture, mode
-from .groups import Gate, GroupLayout, MacTerm
+from .capture import TraceError, capture
+from .groups import GroupLayout, MacTerm
 from .labels import Labels, Value
-from .shrink import shrink
+from .verify import culprits, tensors
 
 SCOPES = ("inner", "all")
 
@@ -45,7 +45,8 @@ def trace(
     Args:
         model: any module `torch.export` can capture; left as it is (mode, gradients, statistics).
         example_inputs: positional arguments of one forward call; the first dimension of the first
-            tensor is the batch.
+            tensor is the batch. They are run through copies of the model on the CPU, to check that
+            every gate shrinks exactly.
         scope: ``"inner"``: channels that no residual add couples (ATO, CVPR 2024).
             ``"all"``: coupled channels too (OTO, NeurIPS 2021).
         ignore: names of modules or parameters whose output channels stay whole, as in
@@ -57,7 +58,7 @@ def trace(
         The layout; ``layout.unprunable`` lists every parameter left out, with the reason.
 
     Raises:
-        TraceError: `torch.export` cannot capture the model.
+        TraceError: `torch.export` cannot capture the model, or it cannot be copied.
         TypeError, ValueError: bad arguments.
     """
     if scope not in SCOPES:
@@ -76,60 +77,32 @@ def trace(
             f"example_inputs: expected a tuple of forward arguments such as (x,), "
             f"got {type(example_inputs).__name__}"
         )
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore: expected a list of names, got the string {ignore!r}")
+    if isinstance(ignore, str) or not all(isinstance(x, str) for x in _listed(ignore)):
+        raise TypeError(f"ignore: expected a list of names, got {ignore!r}")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise TypeError(f"kwargs: expected a dict, got {type(kwargs).__name__}")
     walk = Walk(model, tuple(example_inputs), dict(kwargs or {}))
     walk.ignore(ignore)
     walk.run(training=False)
-    # Heads that only train (auxiliary classifiers) consume channels that evaluation never shows.
-    if walk.unused():
-        try:
-            walk.run(training=True)
-        except TraceError as error:
-            reason = f"not used in evaluation, and training mode was not captured: {error}"
-            walk.labels.blocked_tensors.update(dict.fromkeys(walk.unused(), reason))
-    layout = assemble(walk, scope)
-    hard_coded = _hard_coded(walk, layout)
-    if not hard_coded:
-        return layout
-    for gate in hard_coded:
-        for part in gate.slices:
-            atoms, _ = walk.labels.attached[part.tensor, part.dim]
-            walk.labels.block(
-                atoms[part.channels >= 0],
-                "the forward pass hard-codes this number of channels (in a view or reshape)",
-            )
-    return assemble(walk, scope)
-
-
-def _hard_coded(walk: Walk, layout: GroupLayout) -> list[Gate]:
-    """Gates whose size the model's own code spells out: found by shrinking them and running."""
-    if not walk.labels.fixed_sizes:
-        return []
-    root = walk.labels.classes()
-    suspect = np.unique(root[np.concatenate([a[a >= 0] for a in walk.labels.fixed_sizes])])
-
-    def in_doubt(gate: Gate) -> bool:
-        part = gate.slices[0]
-        atoms, _ = walk.labels.attached[part.tensor, part.dim]
-        return bool(np.isin(root[atoms[part.channels >= 0]], suspect).any())
-
-    def runs(gates: list[Gate]) -> bool:
-        mask = torch.ones(layout.n_groups, dtype=torch.bool)
-        for gate in gates:
-            mask[gate.offset + (gate.n + 1) // 2 : gate.offset + gate.n] = False
-        small = shrink(walk.model, layout, mask)
-        try:
-            with mode(small, training=False), torch.no_grad():
-                small(*walk.args, **walk.kwargs)
-        except (RuntimeError, ValueError, AssertionError, IndexError):
-            return False
-        return True
-
-    gates = [gate for gate in layout.gates if in_doubt(gate)]
-    if not gates or runs(gates):
-        return []
-    return [gate for gate in gates if not runs([gate])]
+    # Training may read channels that evaluation never shows: auxiliary heads, extra outputs.
+    try:
+        walk.run(training=True)
+    except TraceError as error:
+        reason = f"not used in evaluation, and training mode was not captured: {error}"
+        walk.labels.blocked_tensors.update(dict.fromkeys(walk.unused(), reason))
+    while True:
+        layout = assemble(walk, scope)
+        wrong = culprits(model, walk.args, walk.kwargs, layout)
+        if not wrong:
+            return layout
+        for gate in wrong:
+            for part in gate.slices:
+                atoms, _ = walk.labels.attached[part.tensor, part.dim]
+                walk.labels.block(
+                    atoms[part.channels >= 0],
+                    "the forward pass depends on this number of channels (hard-coded in a "
+                    "reshape, say): the shrunk model failed or gave another output",
+                )
 
 
 @dataclass
@@ -152,8 +125,9 @@ class Walk:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             self.canonical[name] = first.setdefault(id(parameter), name)
         self.parameters = [n for n, c in self.canonical.items() if n == c]
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, torch.Tensor)]
-        self.batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        self.labels.trainable = frozenset(self.parameters)
+        inputs = [x for x in tensors((self.args, self.kwargs)) if x.dim()]
+        self.batch = inputs[0].shape[0] if inputs else 1
 
     def ignore(self, patterns: Sequence[str]) -> None:
         """Keep the channels that modules or parameters of these names produce."""
@@ -216,10 +190,11 @@ class Walk:
         labelled = [v for v in inputs if v.labelled]
         if not labelled and name not in rules.WITH_WEIGHTS:
             for value in inputs:
-                if value.tensor in self.canonical:
-                    reason = f"used by {name} outside any layer"
-                    self.labels.blocked_tensors.setdefault(value.tensor, reason)
+                self.read_outside(value, name)
             return _plain(meta, None)
+        if name not in rules.WITH_WEIGHTS:
+            for value in inputs:
+                self.read_outside(value, name)
         if name in rules.RULES:
             result = rules.RULES[name](self.labels, shapes, *args, **kwargs)
         else:
@@ -229,6 +204,12 @@ class Walk:
         if in_place:
             self.overwrite(node, values, result)
         return result
+
+    def read_outside(self, value: Value, name: str) -> None:
+        """A parameter or buffer is read by an operation that is no layer of its own."""
+        if value.tensor is not None:
+            reason = f"used by {name} outside any layer"
+            self.labels.blocked_tensors.setdefault(value.tensor, reason)
 
     def overwrite(self, node: torch.fx.Node, values: dict, result) -> None:
         """After an in-place operation its first argument, under every name, is the result."""
@@ -257,6 +238,11 @@ class Walk:
         weight = args[1] if len(args) > 1 and isinstance(args[1], Value) else None
         if name in ("conv1d", "conv2d", "conv3d"):
             channel = len(shapes[0]) - len(weight.shape) + 1
+            if channel == 0:
+                raise ValueError(
+                    "example_inputs: expected a batch, as the first dimension; a convolution got "
+                    f"an input without one (its output has shape {shapes[0]})"
+                )
             positions = _size(shapes[0]) // shapes[0][channel]
         elif name == "linear":
             positions = _size(shapes[0]) // shapes[0][-1]
@@ -280,6 +266,10 @@ class Walk:
         else:
             dims = tuple((weight.tensor, d) for d in range(len(weight.shape)))
             self.mac_terms.append(MacTerm(weight.tensor, positions, dims, positions))
+
+
+def _listed(names) -> Sequence:
+    return names if isinstance(names, list | tuple | set | frozenset) else (None,)
 
 
 def _prefixes(name: str) -> list[str]:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from nets import Plain, Residual, random_mask, randomise_norms
 from torch import nn
 
 import ato_fast as ato
+from nets import Plain, Residual, random_mask, randomise_norms
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -133,6 +133,8 @@ def test_other_architectures_do_not_fit(small, tmp_path):
 
     with pytest.raises(ato.ArtifactError, match=r"missing \['extra.bias', 'extra.weight'\]"):
         ato.load(tmp_path, more)
+    with pytest.raises(ato.ArtifactError, match="is torch.float64 of shape"):
+        ato.load(tmp_path, lambda: Residual().double())
     with pytest.raises(TypeError, match="build_model: expected a callable that returns"):
         ato.load(tmp_path, lambda: None)
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torchvision
-from nets import Residual, random_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 import ato_fast as ato
 from ato_fast.cost import Cost
+from nets import Residual, random_mask
 
 
 def counted(model, x) -> int:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from nets import Plain, Residual
 
 import ato_fast as ato
 from ato_fast.groups import Gate, GroupLayout, Slice
+from nets import Plain, Residual
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torchvision
-from nets import Plain, Residual, random_mask, randomise_norms
 from torch import nn
 
 import ato_fast as ato
+from nets import Plain, Residual, random_mask, randomise_norms
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -125,5 +125,9 @@ def test_bad_masks_are_refused(traced):
     model, layout = traced
     with pytest.raises(ValueError, match=r"mask: expected shape"):
         ato.shrink(model, layout, torch.ones(3))
+    with pytest.raises(TypeError, match="mask: expected a tensor or array, got str"):
+        ato.shrink(model, layout, "abc")
+    with pytest.raises(TypeError, match="layout: expected a GroupLayout, got NoneType"):
+        ato.shrink(model, None, torch.ones(3))
     with pytest.raises(ValueError, match="drops all 8 channels of gate stem.0"):
         ato.zero_(model, layout, torch.zeros(layout.n_groups))

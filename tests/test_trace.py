@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Forward, Plain, Residual, conv_bn_relu, random_mask, randomise_norms
 from torch import nn
 
 import ato_fast as ato
+from ato_fast.rules.elementwise import KEEPS_ZERO, LOSES_ZERO
+from nets import Forward, Plain, Residual, conv_bn_relu, random_mask, randomise_norms
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -294,8 +295,185 @@ def test_a_hard_coded_size_is_found_before_training(computed):
         assert gates_of(layout) == {"parts.a.0": 8, "parts.b.0": 6}
     else:
         assert gates_of(layout) == {"parts.a.0": 8}
-        assert "hard-codes this number of channels" in reason(layout, "parts.b.0.weight")
+        assert "depends on this number of channels" in reason(layout, "parts.b.0.weight")
     assert_exact(model, layout)
+
+
+def shuffle(y, groups):
+    n, c, h, w = y.shape
+    return y.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def restore(m, y):
+    b, c, h, w = y.shape
+    return m["b"](y).flatten(2).relu().reshape(b, c, h, w)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y: shuffle(y, 4),
+        lambda m, y: y / y.shape[1] ** 0.5,
+        lambda m, y: y.relu() if y.shape[1] >= 8 else y - 1 + 1,
+        restore,
+        lambda m, y: F.conv2d(y, m["d"].weight, groups=y.shape[1] // 1 if len(y) else 8),
+        lambda m, y: torch.cat([y, y], 1).view(2, 4, -1, 8, 8).flatten(1, 2)[:, :8],
+    ],
+)
+def test_a_forward_that_depends_on_the_width_is_never_offered_wrongly(function):
+    """Whatever the graph shows, an offered gate shrinks exactly, also to a single channel."""
+    model = Forward(
+        lambda m, x: m["c"](function(m, m["a"](x))).mean((2, 3)),
+        a=conv_bn_relu(3, 16),
+        b=nn.Conv2d(16, 16, 1),
+        d=nn.Conv2d(16, 16, 1, groups=16, bias=False),
+        c=nn.LazyConv2d(4, 1),
+    ).eval()
+    model(X)
+    layout = ato.trace(model, (X,))
+    if layout.gates:
+        assert_exact(model, layout, seeds=range(4))
+    else:
+        assert reason(layout, "parts.a.0.weight")
+
+
+def test_squeeze_without_dims_is_tried_with_one_channel():
+    model = Forward(
+        lambda m, x: m["head"](F.adaptive_avg_pool2d(m["a"](x), 1).squeeze()),
+        a=conv_bn_relu(3, 8), head=nn.Linear(8, 5),
+    )  # fmt: skip
+    assert gates_of(ato.trace(model, (X,))) == {}
+
+
+def test_gates_that_fail_only_together_are_all_refused():
+    def forward(m, x):
+        y = torch.cat([m["a"](x), m["b"](x)], 1)
+        assert y.shape[1] > 6
+        return m["c"](y).mean((2, 3))
+
+    model = Forward(forward, a=conv_bn_relu(3, 8), b=conv_bn_relu(3, 8), c=nn.Conv2d(16, 4, 1))
+    assert gates_of(ato.trace(model, (X,))) == {}
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_grouped_convolution_shared_with_a_fixed_input(order):
+    def forward(m, x):
+        calls = [lambda: m["b"](m["a"](x)), lambda: m["b"](x)]
+        first, second = calls[order](), calls[1 - order]()
+        return m["c"](first + second).mean((2, 3))
+
+    x = torch.randn(2, 8, 8, 8)
+    model = Forward(
+        forward, a=conv_bn_relu(8, 8), b=nn.Conv2d(8, 8, 3, padding=1, groups=2),
+        c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (x,), scope="all")
+    assert "parts.a.0" not in gates_of(layout)
+    assert_exact(model, layout, x)
+
+
+def test_tied_depthwise_weights_both_change_their_groups():
+    model = Forward(
+        lambda m, x: m["c"](m["e"](m["d"](m["a"](x)))).mean((2, 3)), a=conv_bn_relu(3, 8),
+        d=nn.Conv2d(8, 8, 3, groups=8, padding=1, bias=False),
+        e=nn.Conv2d(8, 8, 3, groups=8, padding=1, bias=False), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    model.parts["e"].weight = model.parts["d"].weight
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {"parts.a.0": 8}
+    assert_exact(model, layout)
+
+
+def test_a_buffer_read_outside_its_layer_is_refused():
+    model = Forward(
+        lambda m, x: m["c"](m["a"](x)).mean((2, 3)) + m["a"][1].running_var.sum(),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {}
+    assert "running_var: used by sum" in reason(layout, "parts.a.0.weight")
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_convolution_whose_weight_is_a_buffer_is_refused(persistent):
+    model = Forward(
+        lambda m, x: m["c"](F.conv2d(m["a"](x), m["a"].blur, groups=8)).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    model.parts["a"].register_buffer("blur", torch.ones(8, 1, 3, 3) / 9, persistent=persistent)
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {}
+    assert "is a buffer" in reason(layout, "parts.a.0.weight")
+
+
+def test_training_mode_counts_even_if_every_parameter_is_used_in_evaluation():
+    model = Forward(
+        lambda m, x: m["c"](m["a"](x) + (1 if m.training else 0)).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model.eval(), (X,))
+    assert "adding 1" in reason(layout, "parts.a.0.weight")
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = Plain()
+    torch.nn.utils.weight_norm(model.head)
+    with pytest.raises(ato.TraceError, match="Plain cannot be copied(.|\n)*parametrizations"):
+        ato.trace(model, (X,))
+
+
+def test_prelu_slopes_follow_their_channels():
+    model = Forward(
+        lambda m, x: m["c"](m["p"](m["a"](x))).mean((2, 3)),
+        a=nn.Conv2d(3, 8, 1), p=nn.PReLU(8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert ("parts.p.weight", 0, "affine", False) in slices(layout, "parts.a")
+    assert_exact(model, layout)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda m, y: y + torch.sigmoid(y), "sigmoid"),
+        (lambda m, y: torch.cat([y, torch.sigmoid(y)], 2), "sigmoid"),
+        (lambda m, y: torch.cat([y, torch.ones(2, 8, 8, 8)], 2), "channels that are fixed"),
+        (lambda m, y: torch.clamp_min(y, 0.5), "clamp at 0.5"),
+        (lambda m, y: torch.div(y - 1, 2, rounding_mode="floor"), "this division"),
+        (lambda m, y: y.mean((2, 3))[:, :, None, None] + y.mean(1, keepdim=True), "reduced over"),
+        (lambda m, y: F.layer_norm(y, (8,), bias=torch.ones(8)), "LayerNorm shifts 0"),
+        (lambda m, y: F.linear(y, torch.ones(8, 8)), "linear layer over another dimension"),
+    ],
+)
+def test_pins_and_places_that_are_lost(function, words):
+    model = Forward(
+        lambda m, x: m["c"](function(m, m["a"](x))).mean((2, 3)),
+        a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    layout = ato.trace(model, (X,))
+    assert gates_of(layout) == {}
+    assert words in reason(layout, "parts.a.0.weight")
+
+
+def test_zero_stays_zero_or_not_as_the_rules_say():
+    zero = torch.zeros(3)
+    for name in KEEPS_ZERO:
+        function = getattr(torch, name, None) or getattr(F, name, None)
+        if function is not None and name not in ("dropout", "feature_dropout", "type_as"):
+            assert torch.equal(function(zero), zero), name
+    for name in LOSES_ZERO:
+        function = getattr(torch, name, None) or getattr(F, name, None) or F.logsigmoid
+        assert (function(zero) != 0).all(), name
+
+
+def test_nested_inputs_and_missing_batch():
+    class Nested(Plain):
+        def forward(self, batch):
+            return super().forward(batch["x"])
+
+    assert ato.trace(Nested(), ({"x": X},)).macs() == ato.trace(Plain(), (X,)).macs()
+    with pytest.raises(ValueError, match="example_inputs: expected a batch"):
+        ato.trace(Forward(lambda m, x: m["c"](x), c=nn.Conv2d(3, 4, 1)), (X[0],))
 
 
 def test_in_place_change_of_shape():
@@ -522,6 +700,9 @@ def test_capture_failure_names_the_line():
         ({"model": "resnet50"}, TypeError, "model: expected a torch.nn.Module, got str"),
         ({"model": nn.DataParallel(Plain())}, TypeError, "trace model.module and wrap afterwards"),
         ({"example_inputs": X}, TypeError, "example_inputs: expected a tuple"),
+        ({"ignore": 5}, TypeError, "ignore: expected a list of names, got 5"),
+        ({"ignore": [5]}, TypeError, "ignore: expected a list of names"),
+        ({"kwargs": [1]}, TypeError, "kwargs: expected a dict, got list"),
     ],
 )
 def test_bad_arguments(arguments, error, words):

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torchvision
-from nets import random_mask, randomise_norms
 
 import ato_fast as ato
 from ato_fast.gates import Gates
 from ato_fast.train import models
+from nets import random_mask, randomise_norms
 
 TORCHVISION = [
     "resnet18", "resnet50", "mobilenet_v2", "vgg16_bn", "densenet121", "googlenet",

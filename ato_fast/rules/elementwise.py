@@ -12,14 +12,13 @@ from .registry import Rule, only_dim, rule, unknown
 # f(0) = 0, element by element: a zero channel stays zero.
 KEEPS_ZERO = (
     "abs alias celu clone contiguous detach dropout elu erf expm1 feature_dropout gelu hardshrink "
-    "hardswish leaky_relu lift_fresh_copy mish neg negative relu relu6 round selu sign silu sin "
-    "sinh softshrink softsign square tan tanh tanhshrink to trunc type_as _to_copy"
+    "hardswish leaky_relu lift_fresh_copy log1p mish neg negative relu relu6 round selu sign silu "
+    "sin sinh softshrink softsign square tan tanh tanhshrink to trunc type_as _to_copy"
 ).split()
 
 # Element by element, but f(0) != 0.
 LOSES_ZERO = (
-    "cos cosh exp hardsigmoid log log10 log1p log2 log_sigmoid logit reciprocal rsqrt sigmoid "
-    "softplus"
+    "cos cosh exp hardsigmoid log log10 log2 log_sigmoid logit reciprocal rsqrt sigmoid softplus"
 ).split()
 
 
@@ -61,10 +60,10 @@ def _clamp_one(labels: Labels, out, x: Value, bound) -> Value:
 def _prelu(labels: Labels, out, x: Value, weight: Value) -> Value:
     x = only_dim(labels, x, 1, "PReLU")
     if math.prod(weight.shape) > 1 and x.atoms[1] is not None:
-        if weight.tensor is None:
+        if labels.weight(weight) is None:
             labels.block(x.atoms[1], "PReLU with a slope computed in the forward pass")
         else:
-            labels.attach(weight.tensor, 0, x.atoms[1], "stat")
+            labels.attach(weight.tensor, 0, x.atoms[1], "affine")
     return x
 
 
@@ -90,9 +89,6 @@ def _aligned(value: Value, rank: int) -> Value:
 
 def _elementwise(labels: Labels, out, a: Value, b: Value, name: str, product: bool) -> Value:
     rank = len(out[0])
-    for value in (a, b):
-        if value.tensor is not None:
-            labels.blocked_tensors.setdefault(value.tensor, f"used in {name} outside any layer")
     a, b = _aligned(a, rank), _aligned(b, rank)
     result = Value.plain(out[0])
     lost = a.lost or b.lost

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..labels import Labels, Value
+from ..labels import COMPUTED, Labels, Value
 from .registry import only_dim, rule
 
 
 def _produce(labels: Labels, weight: Value, bias: Value | None, dim: int, n: int):
-    """Atoms and pins of what a weight's rows produce; None, None if it is computed on the way."""
-    if weight.tensor is None or (bias is not None and bias.tensor is None):
-        if weight.tensor is not None:
-            labels.blocked_tensors.setdefault(weight.tensor, "its bias is computed on the way")
+    """Atoms and pins of what a weight's rows produce; None, None if weight or bias is computed."""
+    names = [labels.weight(v) for v in (weight, bias) if v is not None]
+    if None in names:
+        for value in (weight, bias):
+            if value is not None and value.tensor is not None:
+                reason = "its layer's weight or bias is computed in the forward pass"
+                labels.blocked_tensors.setdefault(value.tensor, reason)
         return None, None
-    atoms = labels.rows(weight.tensor, dim, n)
-    tensors = {(weight.tensor, dim)}
-    if bias is not None:
-        labels.attach(bias.tensor, 0, atoms, "row")
-        tensors.add((bias.tensor, 0))
-    return atoms, np.full(n, labels.pin(frozenset(tensors)), dtype=np.int64)
+    atoms = labels.rows(names[0], dim, n)
+    for name in names[1:]:
+        labels.attach(name, 0, atoms, "row")
+    tensors = frozenset((name, dim if i == 0 else 0) for i, name in enumerate(names))
+    return atoms, np.full(n, labels.pin(tensors), dtype=np.int64)
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -31,13 +33,13 @@ def _conv(
     x = only_dim(labels, x, channel, "convolution")
     n_out, per_group = weight.shape[0], weight.shape[1]
     if groups == 1:
-        labels.consume(x, channel, weight.tensor, 1)
+        labels.consume(x, channel, labels.weight(weight), 1)
         atoms, pins = _produce(labels, weight, bias, 0, n_out)
     else:
         atoms, pins = _produce(labels, weight, bias, 0, n_out)
         source = x.atoms[channel]
         if atoms is None:
-            labels.block(source, "read by a weight that is computed in the forward pass")
+            labels.block(source, COMPUTED)
         elif groups >= per_group:
             _whole_groups(labels, x, channel, weight, atoms, groups)
         else:
@@ -78,6 +80,8 @@ def _within_groups(
     labels.join(np.tile(rows.reshape(groups, -1)[0], groups), rows, "")
     source, pins = x.atoms[channel], x.pins[channel]
     if source is None:
+        fixed = np.full(weight.shape[1], -1, dtype=np.int64)
+        labels.attach(weight.tensor, 1, fixed, "input")
         return
     per_group = source.reshape(groups, -1)
     labels.join(np.tile(per_group[0], groups), source, f"{weight.tensor} reads fixed channels too")
@@ -92,10 +96,9 @@ def _within_groups(
 @rule("linear")
 def _linear(labels: Labels, out, x: Value, weight: Value, bias: Value | None = None) -> Value:
     last = len(x.shape) - 1
-    labels.consume(x, last, weight.tensor, 1)
-    result = Value(out[0], x.atoms[:-1] + (None,), x.pins[:-1] + (None,), x.lost)
-    if bias is not None:
-        result = result.without_pins("a linear layer adds its bias")
+    x = only_dim(labels, x, last, "a linear layer over another dimension")
+    labels.consume(x, last, labels.weight(weight), 1)
+    result = Value.plain(out[0])
     atoms, pins = _produce(labels, weight, bias, 0, weight.shape[0])
     return result.with_dim(last, atoms, pins)
 

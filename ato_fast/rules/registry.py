@@ -20,7 +20,8 @@ RULES: dict[str, Rule] = {}
 
 # Operations that own parameters: their rules run even where no channel arrives.
 WITH_WEIGHTS = frozenset(
-    "conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_norm".split()
+    "conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_norm prelu "
+    "_prelu_kernel".split()
 )
 
 

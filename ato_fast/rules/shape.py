@@ -124,7 +124,10 @@ def _reshape(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
         spread[olds.index(source)] = -1
         atoms = np.broadcast_to(x.atoms[source].reshape(spread), sizes)
         pins = np.broadcast_to(x.pins[source].reshape(spread), sizes)
-        target = max(news, key=lambda d: out[0][d])
+        # The surviving channels end up in the size left open, or else, as a guess that the check
+        # on the finished layout confirms or refutes, in the largest.
+        left_open = [d for d in news if d in _open_dims(out[0], args)]
+        target = left_open[0] if left_open else max(news, key=lambda d: out[0][d])
         place = news.index(target)
         shape = [out[0][d] for d in news]
         atoms = np.moveaxis(atoms.reshape(shape), place, -1).reshape(-1, shape[place])
@@ -134,18 +137,14 @@ def _reshape(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
             labels.join(atoms[0], other, "reshape lines it up with fixed channels")
             all_pins = labels.both_pins(all_pins, other_pins)
         result = result.with_dim(target, atoms[0].copy(), all_pins.copy())
-        if _spelled_out(out[0], target, args):
-            labels.fixed_sizes.append(atoms[0])
     return result
 
 
-def _spelled_out(shape: tuple[int, ...], dim: int, args: tuple) -> bool:
-    """Whether a reshape's arguments give the size of ``dim`` as a number rather than as -1."""
-    sizes = next((a for a in args if isinstance(a, list | tuple)), None)
-    if sizes is None:
-        return False
-    first = args[0] % len(shape) if isinstance(args[0], int) else 0
-    return first <= dim < first + len(sizes) and sizes[dim - first] != -1
+def _open_dims(shape: tuple[int, ...], args: tuple) -> list[int]:
+    """Dimensions whose size a reshape's arguments leave open as -1."""
+    sizes = next((a for a in args if isinstance(a, list | tuple)), ())
+    first = args[0] % len(shape) if args and isinstance(args[0], int) else 0
+    return [first + i for i, size in enumerate(sizes) if size == -1]
 
 
 @rule("permute")

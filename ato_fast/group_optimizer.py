@@ -263,16 +263,24 @@ class GroupOptimizer(torch.optim.Optimizer):
             ValueError: other groups, shapes or layout, or an option this optimizer lacks
                 (maximize, amsgrad, differentiable); nothing has changed then.
         """
+        for key in ("param_groups", "state"):
+            if key not in state_dict:
+                raise ValueError(f"state_dict: expected an optimizer's, {key!r} is missing")
         groups = state_dict["param_groups"]
         extra = state_dict.get(EXTRA_KEY)
         values = self._matched_state(groups, state_dict["state"])
         for group in groups:
+            missing = sorted(self.defaults.keys() - group.keys())
+            if missing:
+                raise ValueError(
+                    f"state_dict: expected {type(self).__name__}'s, "
+                    f"its param_groups lack {', '.join(missing)}"
+                )
+            if group.get("decoupled_weight_decay") is False:
+                raise ValueError("state_dict: expected AdamW's, got Adam's (coupled weight decay)")
             self._check_group(group)
-        if extra is not None and extra["layout"] != self.layout.sha256:
-            raise ValueError(
-                f"state_dict: it belongs to another layout (digest {extra['layout'][:12]}, "
-                f"this one's is {self.layout.sha256[:12]})"
-            )
+        if extra is not None:
+            self._check_extra(extra)
         plain = {k: v for k, v in state_dict.items() if k != EXTRA_KEY}
         super().load_state_dict({**plain, "state": {}})
         self._step_counts.zero_()
@@ -283,6 +291,30 @@ class GroupOptimizer(torch.optim.Optimizer):
                 view.copy_(value) if value is not None else view.zero_()
         if extra is not None:
             self.set_mask(extra["mask"], extra["strength"], threshold=extra["threshold"])
+
+    def _check_extra(self, extra: Mapping[str, Any]) -> None:
+        missing = sorted({"mask", "strength", "threshold", "layout"} - extra.keys())
+        if missing:
+            raise ValueError(f"state_dict: its {EXTRA_KEY!r} entry lacks {', '.join(missing)}")
+        if extra["layout"] != self.layout.sha256:
+            raise ValueError(
+                f"state_dict: it belongs to another layout (digest {extra['layout'][:12]}, "
+                f"this one's is {self.layout.sha256[:12]})"
+            )
+        self.layout.check_mask(extra["mask"], "state_dict: mask")
+        for name in ("strength", "threshold"):
+            _per_group(extra[name], self._strength, f"state_dict: {name}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy would still step this model's buffers.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, it steps flat buffers that its "
+            "model's parameters view; save state_dict() and load it into a new optimizer"
+        )
 
     def _matched_state(
         self, groups: list[dict[str, Any]], state: Mapping[int, Mapping[str, Any]]

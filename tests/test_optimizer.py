@@ -7,6 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from ato_fast import SGD, AdamW, HalfSpace, Prox, backend
+from ato_fast.groups import Gate, GroupLayout, Slice
 from numerics import assert_all_as_accurate, assert_same_bits
 from samples import (
     VARIANTS,
@@ -19,10 +23,6 @@ from samples import (
     snapshot,
     twin,
 )
-from torch import nn
-
-from ato_fast import SGD, AdamW, HalfSpace, Prox, backend
-from ato_fast.groups import Gate, GroupLayout, Slice
 
 TORCH = {SGD: torch.optim.SGD, AdamW: torch.optim.AdamW, Adam: torch.optim.Adam}
 REAL = [variant for variant in VARIANTS if variant.make is not Adam]

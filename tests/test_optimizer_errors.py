@@ -2,10 +2,15 @@
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from ato_fast import SGD, AdamW, HalfSpace, Prox
+from ato_fast.groups import Gate, GroupLayout, Slice
 from numerics import assert_same_bits
 from samples import (
     VARIANTS,
@@ -15,10 +20,6 @@ from samples import (
     set_grads,
     snapshot,
 )
-from torch import nn
-
-from ato_fast import SGD, AdamW, HalfSpace, Prox
-from ato_fast.groups import Gate, GroupLayout, Slice
 
 REAL = [variant for variant in VARIANTS if variant.make is not Adam]
 
@@ -175,12 +176,25 @@ def test_bad_state_dicts_change_nothing():
         (lambda s: s["param_groups"][0].update(maximize=True), "maximize: expected False"),
         (lambda s: s["param_groups"][0].update(lr=-1.0), "lr: expected"),
         (lambda s: s["ato"].update(layout="0" * 64), "another layout"),
+        (lambda s: s["ato"].update(mask=torch.ones(3)), "state_dict: mask: expected shape"),
+        (lambda s: s["ato"].update(strength=-1.0), "state_dict: strength: expected"),
+        (lambda s: s["ato"].pop("threshold"), "'ato' entry lacks threshold"),
+        (lambda s: s["param_groups"][0].pop("eps"), "param_groups lack eps"),
+        (lambda s: s["param_groups"][0].update(decoupled_weight_decay=False), "got Adam's"),
+        (lambda s: s.pop("state"), "'state' is missing"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             ours.load_state_dict(broken(change))
         for name, value in snapshot(model, ours).items():
             assert_same_bits(value, before[name], name)
+
+
+def test_copies_and_pickles_are_refused():
+    _, optimizer = make(REAL[-1])
+    for function in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="AdamW cannot be copied or pickled"):
+            function(optimizer)
 
 
 def test_a_model_without_parameters_steps():

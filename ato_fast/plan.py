@@ -8,7 +8,7 @@ A `Plan` is plain int64 tables, built with numpy when the mask changes and read 
   ``n_slots`` chunks belong to dropped groups, group by group (a kernel's partial sums are slots of
   the same number, so their order is fixed); the rest need no projection.
 * ``items [n_items, 4]``: ``chunk_begin, chunk_end, group, hyper`` of every dropped group, by group.
-* ``work [n_items + n_chunks - n_slots]``: all of it in memory order for kernels whose threads walk
+* ``work``: all of it in memory order (items without chunks left out) for kernels whose threads walk
   the buffers: an item's index, or ``~index`` of a chunk that needs no projection.
 * ``units [n_units + 1]``: bounds within ``work`` of pieces of about equal size.
 """

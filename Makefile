@@ -2,6 +2,9 @@
 # has python3 (with venv), make and g++.
 
 PYTHON ?= python3
+JOBS ?= 2
+# Threads that wait sleep: on busy machines spinning ones make small tensors many times slower.
+export OMP_WAIT_POLICY ?= passive
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,12 +15,13 @@ PY := ato_fast kernels benchmarks tests setup.py
 
 install: $(STAMP)
 
-# torch first: the extension is built against it, without build isolation.
+# torch first: the extension is built against it, without build isolation. Modules are compiled to
+# bytecode when first imported, not all of torch up front.
 $(STAMP): setup.py pyproject.toml constraints.txt $(CPP)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); } \
 	  || { echo "$(PYTHON) -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja numpy torch
-	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt setuptools wheel ninja numpy torch
+	$(BIN)/python -m pip install -q --no-compile --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@
 
 lint: $(STAMP)
@@ -31,8 +35,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Two processes of one thread each: faster than one of two, and they do not fight over the cores.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             runs.append(run_seed(rest, seed, Path(folder) / str(seed)))
     summary = summarise(runs)
     content = {
-        "command": ["python", "-m", "benchmarks.accuracy", *(argv or sys.argv[1:])],
+        "command": ["python", "-m", "benchmarks.accuracy", *rest, "--seeds", *map(str, own.seeds)],
         "seeds": own.seeds,
         "summary": summary,
         **{name: runs[0][name] for name in OWN},

@@ -9,6 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ato_fast as ato
+import ato_fast.methods.ato as ato_module
+from ato_fast.methods.search import GAMMA
 from runs import (
     ADAMW,
     EXAMPLE,
@@ -21,12 +27,6 @@ from runs import (
     new_run,
     train,
 )
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-import ato_fast as ato
-import ato_fast.methods.ato as ato_module
-from ato_fast.methods.search import GAMMA
 
 
 @pytest.fixture(scope="module")

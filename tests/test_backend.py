@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from samples import VARIANTS, every_layout, layout_of, random_mask, set_grads
 
 from ato_fast import Prox, backend, ops
+from samples import VARIANTS, every_layout, layout_of, random_mask, set_grads
 
 CPU = torch.device("cpu")
 FP32 = [torch.float32]

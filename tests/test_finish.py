@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from runs import EXAMPLE, HELD, Net, accuracy, new_run, train
 
 import ato_fast as ato
 import ato_fast.methods.finish as finish_module
 from ato_fast.methods.finish import mask_sha256, relative_error
+from runs import EXAMPLE, HELD, Net, accuracy, new_run, train
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+
+from ato_fast import HalfSpace, Prox, backend, ops
+from ato_fast.reference import group_step_ref
 from numerics import assert_all_as_accurate, assert_same_bits
 from samples import (
     PROJECTIONS,
@@ -16,9 +19,6 @@ from samples import (
     snapshot,
     twin,
 )
-
-from ato_fast import HalfSpace, Prox, backend, ops
-from ato_fast.reference import group_step_ref
 
 BACKENDS = [
     "reference",
@@ -57,6 +57,8 @@ def run(variant, projection, dtype=torch.float32, steps=STEPS, device="cpu", str
     return model, optimizer
 
 
+# The reference is the measure here; its own formulas are tested against plain ones further down.
+@pytest.mark.parametrize("served", BACKENDS[1:], indirect=True)
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=by_name)
 @pytest.mark.parametrize("variant", VARIANTS, ids=by_name)
 def test_follows_the_float64_oracle(variant, projection, served, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from numerics import assert_all_as_accurate, assert_as_accurate, assert_same_bits, ulp
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from samples import VARIANTS, every_layout, layout_of, random_mask
 
 from ato_fast.plan import Axis, build_plan
+from samples import VARIANTS, every_layout, layout_of, random_mask
 
 
 def _elements(chunk):

@@ -80,15 +80,12 @@ def test_killed_again_and_again(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["torn", "tampered"])
-def test_a_damaged_checkpoint_costs_one_epoch_and_nothing_else(tmp_path, undisturbed, damage):
+def test_a_tampered_checkpoint_costs_one_epoch_and_nothing_else(tmp_path, undisturbed):
+    """Torn files and every other changed byte: test_checkpoint.py."""
     kill_once(tmp_path, checkpoint(5))
     newest = sorted((tmp_path / "out" / "checkpoints").glob("checkpoint-*.safetensors"))[-1]
     raw = bytearray(newest.read_bytes())
-    if damage == "torn":
-        del raw[len(raw) // 2 :]
-    else:
-        raw[-10] ^= 1
+    raw[-10] ^= 1
     newest.write_bytes(raw)
     said = finish(tmp_path)
     assert f"warning: out/checkpoints/{newest.name}" in said

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import EXAMPLE, HELD, PAPER, STEPS_PER_EPOCH, TRAIN, Net, new_run, train
 
 import ato_fast as ato
 from ato_fast.controller import LIKELY
 from ato_fast.methods.search import Search
+from runs import EXAMPLE, HELD, PAPER, STEPS_PER_EPOCH, TRAIN, Net, new_run, train
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,10 @@ def test_group_norms_in_the_interpreter():
 @pytest.mark.parametrize("with_grads", [False, True])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_group_norms_compiles_without_spills(arch, with_grads, tmp_path):
-    from ato_fast.kernels import group_norms
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from ato_fast.kernels import group_norms
 
     signature = {
         "params_ptr": "*fp32",

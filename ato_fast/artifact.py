@@ -122,7 +122,7 @@ def read_recipe(directory: str | os.PathLike) -> dict[str, Any]:
     path = Path(directory) / RECIPE_FILE
     try:
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(f"{path}: no such file; expected a folder written by save") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: not readable as JSON: {error}") from None
@@ -172,6 +172,12 @@ def load(directory: str | os.PathLike, build_model: Callable[[], nn.Module]) -> 
     Raises:
         ArtifactError: a file is missing, truncated, tampered with, or of another architecture.
     """
+    if isinstance(build_model, nn.Module):
+        name = type(build_model).__name__
+        raise TypeError(
+            f"build_model: expected a callable that returns a dense model, got a {name} itself; "
+            f"pass lambda: {name}(...)"
+        )
     directory = Path(directory)
     recipe = read_recipe(directory)
     path = directory / WEIGHTS_FILE

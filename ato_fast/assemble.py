@@ -42,7 +42,7 @@ def assemble(walk: Walk, scope: str) -> GroupLayout:
     if scope == "inner":
         forbid(
             np.flatnonzero(is_residual),
-            'a residual add couples these channels (scope="all" offers them)',
+            "a residual add couples these channels (scope all offers them)",
         )
     read = np.zeros(labels.n_atoms, dtype=bool)
     for atoms, _ in labels.consumed:

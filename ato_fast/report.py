@@ -88,9 +88,11 @@ def layout_table(layout: GroupLayout) -> str:
         head = [header[0], header[2], header[3], header[1], header[4]]
         lines += [table(head, aligned, left=3), ""]
     macs, params = coverage(layout)
+    lines.append("MACs: share of the model's in the layers a gate makes smaller; a layer between")
+    lines.append("two gates counts for both")
     lines.append(f"within reach of a gate: {macs:.1%} of MACs, {params:.1%} of parameters")
     if layout.unprunable:
-        lines += ["", f"not prunable: {len(layout.unprunable)} parameters"]
+        lines += ["", f"not prunable: {len(layout.unprunable)} parameter tensors"]
         reasons = Counter(entry.reason for entry in layout.unprunable)
         for reason, count in reasons.most_common():
             names = [entry.tensor for entry in layout.unprunable if entry.reason == reason]

@@ -135,6 +135,8 @@ def test_other_architectures_do_not_fit(small, tmp_path):
         ato.load(tmp_path, more)
     with pytest.raises(ato.ArtifactError, match="is torch.float64 of shape"):
         ato.load(tmp_path, lambda: Residual().double())
+    with pytest.raises(TypeError, match=r"got a Residual itself; pass lambda: Residual\(...\)"):
+        ato.load(tmp_path, Residual())
     with pytest.raises(TypeError, match="build_model: expected a callable that returns"):
         ato.load(tmp_path, lambda: None)
 

@@ -249,14 +249,25 @@ def test_seconds_carry_over(layout):
 
 def test_state_of_another_run_is_refused(layout):
     state = train(new_run(layout), 3).state_dict()
-    with pytest.raises(ValueError, match="its schedule is"):
+    with pytest.raises(ValueError, match=r"its schedule\.\w+ is"):
         new_run(layout, schedule=PAPER).load_state_dict(state)
     with pytest.raises(ValueError, match="its fidelity is default, this run's is paper"):
         new_run(layout, fidelity="paper").load_state_dict(state)
+    for name, value, words in (
+        ("budget", ato.Budget(macs=0.4), r"its budget is \['macs', 0.5\]"),
+        ("seed", 5, "its seed is 0, this run's is 5"),
+        ("min_channels", 2, "its min_channels is 1, this run's is 2"),
+        ("optimizer", ADAMW, "its optimizer is SGD, this run's is AdamW"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            new_run(layout, **{name: value}).load_state_dict(state)
+    for nothing in ({}, None, "state"):
+        with pytest.raises(ValueError, match="state: expected the state_dict of an ATO run"):
+            new_run(layout).load_state_dict(nothing)
     other = ato.trace(
         nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), (torch.rand(2, 4),)
     )
-    with pytest.raises(ValueError, match="its layout is"):
+    with pytest.raises(ValueError, match="it belongs to another layout"):
         state_of_other = {**state, "layout": other.sha256}
         new_run(layout).load_state_dict(state_of_other)
 
@@ -336,3 +347,32 @@ def test_a_scaled_loss_trains_alike_and_bad_gradients_skip_the_step(layout):
     (scaler.scale(F.cross_entropy(scaled.model(x), y)) * math.inf).backward()
     scaled.step(scaler)
     assert all(torch.equal(a, b) for a, b in zip(before, scaled.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": torch.optim.AdamW}, r"optimizer: expected a callable \(model, layout\)"),
+        ({"optimizer": torch.optim.SGD(Net().parameters())}, "optimizer: expected a callable"),
+        ({"optimizer": lambda m, _: torch.optim.SGD(m.parameters())}, "that projects groups"),
+        ({"budget": 0.5}, "budget: expected an ato.Budget, got 0.5"),
+        ({"schedule": 10}, "schedule: expected an ato.Schedule, got 10"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(layout, changes, words):
+    with pytest.raises(TypeError, match=words):
+        new_run(layout, **changes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (HELD[0], r"a torch.float32 tensor of shape \(24, 2, 6, 6\)"),
+        ((HELD[0], HELD[1] + 9), "tuple of a torch.float32 tensor.*out of bounds"),
+        ({"x": 1}, "dict with 'x'"),
+    ],
+)
+def test_a_batch_the_loss_cannot_take_is_described(layout, batch, words):
+    run = new_run(layout, controller_data=[batch])
+    with pytest.raises(RuntimeError, match=f"controller_loss failed on a batch of .*{words}"):
+        train(run, 12)

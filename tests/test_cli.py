@@ -126,6 +126,14 @@ def test_other_options_do_not_continue_a_run(finished, capsys):
     assert (folder / "result.json").read_bytes() == before
 
 
+def test_a_finished_run_is_not_overwritten_unasked(finished, capsys):
+    folder = finished[1]
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert main([*RUN, "--output", str(folder)]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
 def test_an_unfinished_run_is_not_overwritten_unasked(tmp_path, capsys):
     from ato_fast.train.checkpoint import Checkpoints
 

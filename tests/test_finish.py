@@ -52,7 +52,9 @@ def test_unfinished_groups_are_zeroed_and_counted(layout):
     assert unfinished == (~run.mask).sum() > 0
     seen = []
     result = run.finish(lambda m: (seen.append(m), accuracy(m))[1])
-    assert seen == [run.model, run.model]
+    assert seen == [run.model, run.model, result.model]
+    assert result.report["accuracy"] == result.report["accuracy_after_projection"]
+    assert repr(result).count("\n") == 0 and len(repr(result)) < 200
     assert result.report["n_unfinished"] == unfinished
     assert 0 <= result.report["accuracy_before_projection"] <= 1
     assert result.report["accuracy_after_projection"] == accuracy(result.model)

@@ -72,6 +72,9 @@ class ATO:
         seed: int = 0,
         layout: GroupLayout | None = None,
     ) -> None:
+        for name, value, kind in (("budget", budget, Budget), ("schedule", schedule, Schedule)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected an ato.{kind.__name__}, got {value!r}")
         if layout is None:
             layout = trace(model, example_inputs, scope=scope)
         budget.check(layout, min_channels)
@@ -87,7 +90,7 @@ class ATO:
         self.search = Search(
             model, layout, budget, fidelity=fidelity, min_channels=min_channels, seed=seed
         )
-        self.optimizer = optimizer(model, layout)
+        self.optimizer = _optimizer(optimizer, model, layout)
         self.mask = torch.ones(layout.n_groups, dtype=torch.bool)
         self.frozen = False
         self.history: list[dict] = []
@@ -278,7 +281,8 @@ class ATO:
         network is compared with the masked one on the example inputs.
 
         Args:
-            evaluate: ``module -> float``, e.g. validation accuracy.
+            evaluate: ``module -> float``, e.g. validation accuracy; the small network's is
+                ``report["accuracy"]``.
 
         Raises:
             RuntimeError: the mask is not frozen yet, or the small network computes something else.
@@ -299,8 +303,7 @@ class ATO:
             {
                 "version": STATE_VERSION,
                 "layout": self.layout.sha256,
-                "schedule": self.schedule.state(),
-                "fidelity": self.fidelity,
+                "arguments": self._arguments(),
                 "step": self._step,
                 "mask": self.mask,
                 "frozen": self.frozen,
@@ -314,23 +317,40 @@ class ATO:
             }
         )
 
+    def _arguments(self) -> dict:
+        """What must agree for a run to be continued, as plain data."""
+        return _plain(
+            {
+                **{f"schedule.{name}": value for name, value in self.schedule.state().items()},
+                "budget": [self.budget.kind, self.budget.value],
+                "fidelity": self.fidelity,
+                "min_channels": self.search.min_channels,
+                "seed": self.seed,
+                "optimizer": type(self.optimizer).__name__,
+            }
+        )
+
     def load_state_dict(self, state: dict) -> None:
         """Continue a run bit by bit; the arguments of both runs must agree.
 
         Raises:
-            ValueError: the state is of another version, layout, schedule or fidelity.
+            ValueError: the state is of another version or layout, or of other arguments.
         """
-        expected = {
-            "version": STATE_VERSION,
-            "layout": self.layout.sha256,
-            "schedule": _plain(self.schedule.state()),
-            "fidelity": self.fidelity,
-        }
-        for name, value in expected.items():
-            if state[name] != value:
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"state: expected the state_dict of an ATO run, version {STATE_VERSION}"
+            )
+        if state["layout"] != self.layout.sha256:
+            raise ValueError(
+                "state: it belongs to another layout: another model, width or scope; resume with "
+                "the arguments the run was started with"
+            )
+        theirs, mine = state["arguments"], self._arguments()
+        for name in sorted(mine.keys() | theirs.keys()):
+            if theirs.get(name) != mine.get(name):
                 raise ValueError(
-                    f"state: its {name} is {state[name]}, this run's is {value}; resume with the "
-                    "arguments the run was started with"
+                    f"state: its {name} is {theirs.get(name)}, this run's is {mine.get(name)}; "
+                    "resume with the arguments the run was started with"
                 )
         device = next(self.model.parameters()).device
         self._step = int(state["step"])
@@ -348,6 +368,27 @@ class ATO:
         self._clock = Clock(device)
         if self._projecting:
             self._set_mask()
+
+
+def _optimizer(
+    make: Callable[[nn.Module, GroupLayout], torch.optim.Optimizer],
+    model: nn.Module,
+    layout: GroupLayout,
+) -> torch.optim.Optimizer:
+    """The optimizer of a run, checked to be one that projects groups."""
+    theirs = isinstance(make, type) and make.__module__.startswith("torch.optim")
+    if theirs or not callable(make) or isinstance(make, torch.optim.Optimizer):
+        raise TypeError(
+            "optimizer: expected a callable (model, layout) -> optimizer such as "
+            f"partial(ato.AdamW, lr=1e-3), got {make!r}"
+        )
+    optimizer = make(model, layout)
+    if not hasattr(optimizer, "set_mask"):
+        raise TypeError(
+            "optimizer: expected it to return an optimizer that projects groups (ato.SGD, "
+            f"ato.AdamW), it returned a {type(optimizer).__name__}"
+        )
+    return optimizer
 
 
 def _plain(value: Any) -> Any:

@@ -27,13 +27,26 @@ class Result:
     """What a run ends with.
 
     ``model`` is the small network, ``mask`` a bool CPU tensor ``[n_groups]`` (True kept),
-    ``report`` plain data (numbers, strings, lists, dicts) that fits JSON.
+    ``report`` plain data (numbers, strings, lists, dicts) that fits JSON. Prints as one line.
     """
 
     model: nn.Module
     mask: Tensor
     report: dict
     layout: GroupLayout
+
+    def __repr__(self) -> str:
+        """Dense and small figures, without the mask and the layout."""
+        dense, small = self.report["dense"], self.report["small"]
+        counts = ", ".join(
+            f"{small[key]:,} of {dense[key]:,} {name} ({small[key] / dense[key]:.1%})"
+            for key, name in (("macs", "MACs"), ("params", "parameters"))
+        )
+        return (
+            f"Result({type(self.model).__name__}: {counts}; "
+            f"{int(self.mask.sum())} of {len(self.mask)} groups kept; small = masked network to "
+            f"{self.report['equality_rel_err']:.1e})"
+        )
 
 
 def mask_sha256(layout: GroupLayout, mask: Tensor) -> str:
@@ -87,6 +100,7 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
             f"output (limit {EQUALITY_LIMIT:.0e}): a layer's forward depends on sizes the trace "
             "did not see; the run's own model still holds the masked network"
         )
+    accuracy = evaluate(small) if evaluate else None
     achieved = run.budget.cost(layout, mask)
     report = {
         "dense": {"macs": layout.macs(), "params": layout.params()},
@@ -105,6 +119,7 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
         "n_groups": layout.n_groups,
         "n_dropped": int((~mask).sum()),
         "n_unfinished": n_unfinished,
+        "accuracy": accuracy,
         "accuracy_before_projection": before,
         "accuracy_after_projection": after,
         "equality_rel_err": error,

@@ -115,11 +115,16 @@ class Search:
         gate = hard
         if self.fidelity == "paper":
             gate = relax(logits + self.controller.noise(), hard=False)
-        task = self.gates(gate, lambda model: loss_fn(model, batch))
-        if task.dim() != 0:
-            raise ValueError(
-                f"controller_loss: expected a scalar tensor, got shape {tuple(task.shape)}"
-            )
+        try:
+            task = self.gates(gate, lambda model: loss_fn(model, batch))
+        except Exception as error:
+            raise RuntimeError(
+                f"controller_loss failed on a batch of controller_data ({_described(batch)}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(task, Tensor) or task.dim() != 0:
+            got = f"shape {tuple(task.shape)}" if isinstance(task, Tensor) else repr(task)
+            raise ValueError(f"controller_loss: expected a scalar tensor, got {got}")
         ratio = self._cost(self.layout, hard) / self._dense
         return task, resource_loss(ratio, self.ratio)
 
@@ -175,6 +180,17 @@ class Search:
         self.optimizer.load_state_dict(state["optimizer"])
         self.feed.load_state_dict(state["feed"])
         self.losses = [tuple(x) for x in state["losses"]]
+
+
+def _described(batch: Any) -> str:
+    """What a batch is made of, for messages."""
+    if isinstance(batch, Tensor):
+        return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, (list, tuple)):
+        return f"{type(batch).__name__} of {', '.join(map(_described, batch)) or 'nothing'}"
+    if isinstance(batch, dict):
+        return f"dict with {', '.join(map(repr, batch))}"
+    return type(batch).__name__
 
 
 def _extra(layout: GroupLayout) -> int:

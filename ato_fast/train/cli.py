@@ -84,19 +84,30 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     budget = train.add_mutually_exclusive_group(required=True)
     budget.add_argument("--macs", type=_amount, help="MACs to keep: fraction of the whole or count")
     budget.add_argument("--params", type=_amount, help="parameters to keep, likewise")
-    add("--epochs", type=int)
-    add("--batch-size", type=int)
-    add("--optimizer", choices=("sgd", "adamw"))
-    add("--lr", type=float, help="peak learning rate")
-    add("--weight-decay", type=float)
-    add("--label-smoothing", type=float)
+    recipe = train.add_argument_group("recipe", "where not given, the dataset's own").add_argument
+    recipe("--epochs", type=int, help="length of each of the two runs")
+    recipe("--batch-size", type=int, help="examples per step")
+    recipe("--optimizer", choices=("sgd", "adamw"), help="sgd: Nesterov momentum 0.9")
+    recipe("--lr", type=float, help="peak learning rate")
+    recipe("--weight-decay", type=float)
+    recipe("--label-smoothing", type=float)
     add("--scope", choices=("inner", "all"), default="inner", help="all: also residual channels")
-    add("--schedule", choices=("default", "paper", "fast"), default="default")
-    add("--controller-steps", type=int, help="controller steps of the whole search; default 300")
-    add("--fidelity", choices=("default", "paper"), default="default")
+    add(
+        "--schedule",
+        choices=("default", "paper", "fast"),
+        default="default",
+        help="when the mask freezes: half-way, as published, or after a quarter of the run",
+    )
+    add("--controller-steps", type=int, help="controller steps of the whole search; default 200")
+    add(
+        "--fidelity",
+        choices=("default", "paper"),
+        default="default",
+        help="paper: the published controller and strengths, and a random frozen mask",
+    )
     add("--min-channels", type=int, default=1, help="channels every gate keeps at least")
     add("--held-out", type=float, default=0.05, help="share of the data the controller sees")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order, augmentation and controller")
     add("--no-dense", action="store_true", help="do not train the dense twin")
     add("--output", type=Path, help="folder for what comes out; default runs/DATA-MODEL")
     add("--resume", choices=("never", "auto"), default="never", help="auto: go on where it stopped")
@@ -130,9 +141,9 @@ def _train(arguments: argparse.Namespace) -> int:
         job = prepare(_settings(arguments), _place(arguments))
     with _refusing(FloatingPointError, OSError):
         result = job.run(tell=lambda line: print(line, file=sys.stderr))
+        print(closing_table(result), flush=True)
         if arguments.json:
             _write_json(arguments.json, result)
-    print(closing_table(result))
     return 0
 
 
@@ -248,9 +259,12 @@ def _check_json(path: Path) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     from .checkpoint import write_atomically
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write_text(text))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write_text(text))
+    except OSError as error:
+        raise OSError(f"--json {path}: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

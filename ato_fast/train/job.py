@@ -215,6 +215,11 @@ def _earlier(
                 f"{place.output} holds an unfinished run: continue it with --resume auto, "
                 "or start anew with --overwrite"
             )
+        if (place.output / RESULT).exists():
+            raise ValueError(
+                f"{place.output} holds a finished run: choose another --output, or start anew "
+                "with --overwrite"
+            )
         return {}
     mine = fingerprint(settings, recipe)
     state = checkpoints.newest(lambda line: print(f"warning: {line}", file=sys.stderr))

@@ -15,13 +15,12 @@ PY := ato_fast kernels benchmarks tests setup.py
 
 install: $(STAMP)
 
-# torch first: the extension is built against it, without build isolation. Modules are compiled to
-# bytecode when first imported, not all of torch up front.
+# torch first: the extension is built against it, without build isolation.
 $(STAMP): setup.py pyproject.toml constraints.txt $(CPP)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); } \
 	  || { echo "$(PYTHON) -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt setuptools wheel ninja numpy torch
-	$(BIN)/python -m pip install -q --no-compile --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja numpy torch
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@
 
 lint: $(STAMP)

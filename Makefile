@@ -3,8 +3,9 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-# Threads that wait sleep: on busy machines spinning ones make small tensors many times slower.
-export OMP_WAIT_POLICY ?= passive
+# Threads that wait for each other spin only shortly, so that a busy machine costs its share of time
+# and not many times as much; sleeping at once would cost a quiet one a factor of two.
+export GOMP_SPINCOUNT ?= 1000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -42,7 +42,7 @@ def culprits(model: nn.Module, args: tuple, kwargs: dict, layout: GroupLayout) -
         ) from error
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()):
         twin = twin.float()
-    args, kwargs = _on_cpu(args), _on_cpu(kwargs)
+    args, kwargs = cpu_inputs(args), cpu_inputs(kwargs)
     _randomise(twin, layout)
     try:
         _run(twin, args, kwargs)
@@ -143,14 +143,25 @@ def tensors(tree) -> Iterator[Tensor]:
         yield from tensors(vars(tree))
 
 
-def _on_cpu(tree):
+def cpu_inputs(tree):
+    """Inputs to compare networks on: on the CPU, at least float32, and with something to see.
+
+    A floating tensor of one value throughout, such as ``torch.zeros`` to give a shape, becomes
+    noise in [0, 1).
+    """
     if isinstance(tree, Tensor):
-        low = tree.dtype in (torch.float16, torch.bfloat16)
-        return tree.detach().to("cpu", torch.float32 if low else tree.dtype)
+        if not tree.is_floating_point():
+            return tree.detach().cpu()
+        x = tree.detach().to("cpu", torch.promote_types(tree.dtype, torch.float32))
+        if x.numel() > 1 and bool((x == x.flatten()[0]).all()):
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.rand(x.shape, generator=generator, dtype=x.dtype)
+            x = torch.empty_like(x).copy_(noise)
+        return x
     if isinstance(tree, dict):
-        return {key: _on_cpu(value) for key, value in tree.items()}
+        return {key: cpu_inputs(value) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_on_cpu(value) for value in tree))
+        return type(tree)(*(cpu_inputs(value) for value in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(_on_cpu(value) for value in tree)
+        return type(tree)(cpu_inputs(value) for value in tree)
     return tree

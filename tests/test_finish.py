@@ -9,6 +9,7 @@ import torch
 import ato_fast as ato
 import ato_fast.methods.finish as finish_module
 from ato_fast.methods.finish import mask_sha256, relative_error
+from ato_fast.verify import cpu_inputs
 from runs import EXAMPLE, HELD, Net, accuracy, new_run, train
 
 
@@ -108,3 +109,13 @@ def test_relative_error():
         assert not relative_error([a, a], [a, b]) <= 1
     with pytest.raises(ValueError, match="expected shape"):
         relative_error(a, a[:1])
+
+
+def test_networks_are_compared_on_inputs_with_something_to_see():
+    zeros = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    labels, picture = torch.zeros(5, dtype=torch.long), torch.rand(2, 3)
+    seen = cpu_inputs((zeros, {"y": labels, "x": [picture.bfloat16()]}))
+    assert seen[0].std() > 0.2 and seen[0].shape == zeros.shape
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(seen[1]["y"], labels)
+    assert torch.equal(seen[1]["x"][0], picture.bfloat16().float())

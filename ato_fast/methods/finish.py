@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..groups import GroupLayout
 from ..shrink import shrink, zero_
+from ..verify import cpu_inputs
 
 if TYPE_CHECKING:
     from .ato import ATO
@@ -138,11 +139,9 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
 def _reference_output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Output in eval mode on CPU in at least float32, where no TF32 blurs the comparison."""
     model = copy.deepcopy(model).to("cpu").eval()
-    low = (torch.float16, torch.bfloat16)
-    if any(p.dtype in low for p in model.parameters()):
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
         model = model.float()
-        inputs = [x.float() if isinstance(x, Tensor) and x.dtype in low else x for x in inputs]
-    return model(*(x.cpu() if isinstance(x, Tensor) else x for x in inputs))
+    return model(*cpu_inputs(inputs))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -262,7 +262,7 @@ def test_state_of_another_run_is_refused(layout):
         with pytest.raises(ValueError, match=words):
             new_run(layout, **{name: value}).load_state_dict(state)
     for nothing in ({}, None, "state"):
-        with pytest.raises(ValueError, match="state: expected the state_dict of an ATO run"):
+        with pytest.raises(ValueError, match="state: expected an ATO run's, of version 1"):
             new_run(layout).load_state_dict(nothing)
     other = ato.trace(
         nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), (torch.rand(2, 4),)

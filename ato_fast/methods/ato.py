@@ -337,9 +337,7 @@ class ATO:
             ValueError: the state is of another version or layout, or of other arguments.
         """
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"state: expected the state_dict of an ATO run, version {STATE_VERSION}"
-            )
+            raise ValueError(f"state: expected an ATO run's, of version {STATE_VERSION}")
         if state["layout"] != self.layout.sha256:
             raise ValueError(
                 "state: it belongs to another layout: another model, width or scope; resume with "

@@ -8,8 +8,8 @@ from .budget import Budget
 from .capture import TraceError
 from .groups import Gate, GroupLayout, Slice, Unprunable
 from .methods import ATO, Result, hold_out
-from .optimizer import SGD, AdamW
-from .projection import HalfSpace, Prox
+from .optimizer import SGD, Adam, AdamW
+from .projection import DHSPG, HalfSpace, Prox
 from .schedule import Schedule
 from .shrink import shrink, zero_
 from .trace import trace
@@ -18,7 +18,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATO",
+    "DHSPG",
     "SGD",
+    "Adam",
     "AdamW",
     "ArtifactError",
     "Budget",

@@ -2,9 +2,9 @@
 
 ``ATO_FAST_BACKEND``:
 
-* ``auto`` (default): fp32 on the CPU uses ``_C`` if it was built; everything else uses the
-  pure-torch reference. CUDA tensors use the reference too: the CUDA kernels of ``_C_cuda`` compile
-  without spills for sm_80, sm_90 and sm_100 but have never been run, so they must be asked for.
+* ``auto`` (default): fp32 and bf16 parameters on the CPU use ``_C`` if it was built; on CUDA they
+  use ``_C_cuda`` if it was built, else Triton (so on AMD). The pure-torch reference serves the rest
+  (float64, float16, other devices).
 * ``cpu``, ``cuda``, ``triton``, ``reference``: that one or an error that says why it cannot serve.
 """
 
@@ -23,6 +23,10 @@ from . import reference
 NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 OPS = ("group_step_", "group_norms")
 VARIABLE = "ATO_FAST_BACKEND"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""Parameter dtypes the kernels take; their state is fp32."""
+PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""Backends ``auto`` tries per device type before the reference."""
 
 _REFERENCE: dict[str, Callable] = {
     "group_step_": reference.group_step_ref,
@@ -86,9 +90,9 @@ def why_not(name: str, op: str, device: torch.device, dtypes: Sequence[torch.dty
     """Why backend ``name`` cannot serve ``op`` on these buffers; None if it can."""
     if name == "reference":
         return None
-    wrong = [str(dtype) for dtype in dtypes if dtype != torch.float32]
+    wrong = [str(dtype) for dtype in dtypes if dtype not in KERNEL_DTYPES]
     if wrong:
-        return f"it takes float32 parameters, got {', '.join(wrong)}"
+        return f"it takes float32 and bfloat16 parameters, got {', '.join(wrong)}"
     if name == "triton":
         failure = _load_triton()
         if failure is not None:
@@ -117,7 +121,10 @@ def serving(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str
         if reason is not None:
             raise BackendError(f"{VARIABLE}={name} cannot serve ato_fast::{op}: {reason}")
         return name
-    return "cpu" if why_not("cpu", op, device, dtypes) is None else "reference"
+    for candidate in PREFERRED.get(device.type, ()):
+        if why_not(candidate, op, device, dtypes) is None:
+            return candidate
+    return "reference"
 
 
 def implementation(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .groups import GroupLayout
-from .plan import Axis, Plan, build_plan
+from .plan import Axis, build_plan
 
 ALIGN_BYTES = 64
 
@@ -69,19 +69,14 @@ class FlatParameters:
         self._addresses = [p.data_ptr() for p in self.params]
         self._missing = [buffer.new_empty(0) for buffer in self.buffers]
         self._absent = [self._missing[row[0]] for row in self.table.tolist()]
-        self._axes = self._find_axes(sliced)
         self.group_hyper = self._rows_of_groups(sliced, hyper_of)
-        self.everything = self.plan(np.ones(layout.n_groups, dtype=bool))
-        """Plan whose items are all groups, for `group_norms`."""
+        self.axes = self._find_axes(sliced)
+        self.plan = build_plan(self.table, self.axes, self.group_hyper, self.device)
 
     @property
     def dtypes(self) -> list[torch.dtype]:
         """Dtype of every buffer."""
         return [buffer.dtype for buffer in self.buffers]
-
-    def plan(self, dropped: np.ndarray) -> Plan:
-        """Work tables that project the groups where ``dropped`` (bool ``[n_groups]``) holds."""
-        return build_plan(self.table, self._axes, self.group_hyper, dropped, self.device)
 
     def new_state(self) -> list[Tensor]:
         """Zero buffers like the parameters', fp32 for parameters of 32 bits or fewer."""

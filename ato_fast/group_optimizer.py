@@ -1,4 +1,4 @@
-"""What `SGD` and `AdamW` share: flat buffers, mask and strengths, the step, state_dict."""
+"""What `SGD`, `Adam` and `AdamW` share: flat buffers, mask and strengths, the step, state_dict."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from . import ops
 from .flat import FlatParameters
 from .groups import GroupLayout
 from .projection import Projection, check_projection
-from .reference import NO_PROJECTION
+from .reference import ADAMW, NO_PROJECTION
 
 EXTRA_KEY = "ato"
 """Key of `state_dict` with what torch.optim does not know."""
-SCRATCH_PER_SLOT = 8
 
 
 class GroupOptimizer(torch.optim.Optimizer):
@@ -55,12 +54,15 @@ class GroupOptimizer(torch.optim.Optimizer):
         self._step_counts = torch.zeros(len(self.flat.params), device=device)
         self._first: list[Tensor] = []
         self._second: list[Tensor] = []
-        self._keep: Tensor | None = None
+        self._scratch = torch.zeros(1, dtype=torch.int32, device=device)
+        self._mask = torch.ones(layout.n_groups, dtype=torch.bool, device=device)
+        self._keep_array = np.ones(layout.n_groups, dtype=bool)
         self._strength = torch.zeros(layout.n_groups, device=device)
         self._threshold = torch.zeros(layout.n_groups, device=device)
         self._no_lr = torch.empty(0, device=device)
-        self._use_mask(np.ones(layout.n_groups, dtype=bool))
         self._prepare_state()
+        # The op mutates buffers that the compiled graph's own inputs view, which it refuses.
+        self._launch = torch.compiler.disable(_launch)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
@@ -116,7 +118,8 @@ class GroupOptimizer(torch.optim.Optimizer):
             keep = values.astype(bool)
         self.set_strength(strength, threshold=threshold)
         if not np.array_equal(keep, self._keep_array):
-            self._use_mask(keep)
+            self._keep_array = keep
+            self._mask.copy_(torch.from_numpy(keep))
 
     def set_strength(
         self, strength: float | Tensor | None = None, *, threshold: float | Tensor | None = None
@@ -150,25 +153,17 @@ class GroupOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def n_zero(self) -> Tensor:
         """Number of dropped groups that are exactly zero, 0-dim int64 on the device."""
-        return ((self._sums()[:, 0] == 0) & self._dropped).sum()
+        return ((self._sums()[:, 0] == 0) & ~self._mask).sum()
 
     def _sums(self) -> Tensor:
         self.flat.check()
         if not self.flat.buffers:
             return torch.zeros(self.layout.n_groups, 1, dtype=torch.float64)
-        plan = self.flat.everything
+        flat, plan = self.flat, self.flat.plan
         return ops.group_norms(
-            self.flat.buffers, [], self.flat.tensors, plan.chunks, plan.items,
-            plan.n_slots, plan.n_projected,
+            flat.buffers, [], flat.tensors, plan.segments, plan.bundles, plan.blocks,
+            self.layout.n_groups,
         )  # fmt: skip
-
-    def _use_mask(self, keep: np.ndarray) -> None:
-        self._keep_array = keep
-        self._plan = self.flat.plan(~keep)
-        self._dropped = torch.from_numpy(~keep).to(self.flat.device)
-        self._scratch = torch.zeros(
-            SCRATCH_PER_SLOT * self._plan.n_slots, dtype=torch.float64, device=self.flat.device
-        )
 
     def _prepare_state(self) -> None:
         """Make the state buffers the hyperparameters need and the views ``self.state`` shows."""
@@ -196,16 +191,14 @@ class GroupOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.flat.buffers:
-            self.flat.check()
-            ops.group_step_(*self.op_arguments(), views=self.flat.params)
+        self._launch(self)
         return loss
 
     def op_arguments(self) -> tuple[Any, ...]:
         """Arguments of ``ato_fast::group_step_`` (`ops.py`) for the step now due."""
         if not self._first and self._needs_first():
             self._prepare_state()
-        flat, plan = self.flat, self._plan
+        flat, plan = self.flat, self.flat.plan
         hyper: list[float] = []
         rates: list[Tensor] = []
         for group in self.param_groups:
@@ -219,13 +212,13 @@ class GroupOptimizer(torch.optim.Optimizer):
         if all(rate is self._no_lr for rate in rates):
             rates = []
         projection, constants = NO_PROJECTION, ()
-        if self.projection is not None and plan.n_projected:
+        if self.projection is not None:
             projection, constants = self.projection.code, self.projection.args
         return (
             flat.buffers, self._first, self._second, self._step_counts, self._scratch,
-            flat.gradients(), flat.tensors, plan.chunks, plan.items, plan.work, plan.units,
-            self._strength, self._threshold, hyper, rates,
-            self._amp("grad_scale"), self._amp("found_inf"), plan.n_slots, plan.n_projected,
+            flat.gradients(), flat.tensors, plan.segments, plan.bundles, plan.units, plan.blocks,
+            self._mask, self._strength, self._threshold, hyper, rates,
+            self._amp("grad_scale"), self._amp("found_inf"),
             self._code, projection, constants,
         )  # fmt: skip
 
@@ -276,8 +269,13 @@ class GroupOptimizer(torch.optim.Optimizer):
                     f"state_dict: expected {type(self).__name__}'s, "
                     f"its param_groups lack {', '.join(missing)}"
                 )
-            if group.get("decoupled_weight_decay") is False:
-                raise ValueError("state_dict: expected AdamW's, got Adam's (coupled weight decay)")
+            # Only torch's Adam and AdamW have the key, and share all others.
+            decoupled = group.get("decoupled_weight_decay")
+            if decoupled is not None and decoupled != (self._code == ADAMW):
+                got = "AdamW's (decoupled" if decoupled else "Adam's (coupled"
+                raise ValueError(
+                    f"state_dict: expected {type(self).__name__}'s, got {got} weight decay)"
+                )
             self._check_group(group)
         if extra is not None:
             self._check_extra(extra)
@@ -349,6 +347,12 @@ class GroupOptimizer(torch.optim.Optimizer):
 
     def _complete(self, entry: dict[str, Any]) -> None:
         """Derive what torch's entry lacks."""
+
+
+def _launch(optimizer: GroupOptimizer) -> None:
+    if optimizer.flat.buffers:
+        optimizer.flat.check()
+        ops.group_step_(*optimizer.op_arguments(), views=optimizer.flat.params)
 
 
 def _per_group(value: float | Tensor, like: Tensor, name: str) -> float | Tensor:

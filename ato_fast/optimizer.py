@@ -1,6 +1,6 @@
-"""`SGD` and `AdamW`: torch.optim's updates with the projection of dropped groups in the same pass.
+"""`SGD`, `Adam`, `AdamW`: the updates of torch.optim with the projection in the same pass.
 
-Both are `torch.optim.Optimizer`s over flat buffers (`flat.py`). Without dropped groups they follow
+All are `torch.optim.Optimizer`s over flat buffers (`flat.py`). Without dropped groups they follow
 torch.optim to rounding; their ``state_dict`` loads into torch.optim's class and back, and holds the
 mask and strengths besides, so that a resumed run continues bit for bit.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .group_optimizer import GroupOptimizer
 from .groups import GroupLayout
 from .projection import Projection, Prox
-from .reference import ADAMW
+from .reference import ADAM, ADAMW
 from .reference import SGD as SGD_CODE
 
 UNSUPPORTED = ("maximize", "amsgrad", "differentiable")
@@ -30,7 +30,7 @@ class SGD(GroupOptimizer):
         model: its parameters are re-homed into flat buffers.
         layout: groups of this model (`ato_fast.trace`).
         lr, momentum, dampening, weight_decay, nesterov: as torch.optim.SGD; lr may be a tensor.
-        projection: `Prox`, `HalfSpace` or None.
+        projection: `Prox`, `HalfSpace`, `DHSPG` or None.
         params: parameter groups over this model's parameters (default: all that require grad).
 
     Raises:
@@ -96,21 +96,21 @@ class SGD(GroupOptimizer):
             entry.setdefault("step", 1.0)
 
 
-class AdamW(GroupOptimizer):
-    """torch.optim.AdamW with the projection of dropped groups fused into the step.
+class Adam(GroupOptimizer):
+    """torch.optim.Adam (weight decay added to the gradient) with the projection in the step.
 
     Args:
         model: its parameters are re-homed into flat buffers.
         layout: groups of this model (`ato_fast.trace`).
-        lr, betas, eps, weight_decay: as torch.optim.AdamW; lr may be a tensor.
-        projection: `Prox`, `HalfSpace` or None.
+        lr, betas, eps, weight_decay: as torch.optim.Adam; lr may be a tensor.
+        projection: `Prox`, `HalfSpace`, `DHSPG` or None.
         params: parameter groups over this model's parameters (default: all that require grad).
 
     Raises:
         ValueError: a hyperparameter out of range, or a layout that is not this model's.
     """
 
-    _code = ADAMW
+    _code = ADAM
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class AdamW(GroupOptimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0,
         projection: Projection | None = Prox(),  # noqa: B008  (frozen dataclass)
         params: Iterable[Mapping[str, Any]] | Iterable[nn.Parameter] | None = None,
     ) -> None:
@@ -153,6 +153,28 @@ class AdamW(GroupOptimizer):
             "exp_avg": self.flat.view(self._first, index),
             "exp_avg_sq": self.flat.view(self._second, index),
         }
+
+
+class AdamW(Adam):
+    """torch.optim.AdamW (decoupled weight decay) with the projection in the step.
+
+    Arguments and errors as `Adam`; weight_decay defaults to 1e-2.
+    """
+
+    _code = ADAMW
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: GroupLayout,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        projection: Projection | None = Prox(),  # noqa: B008  (frozen dataclass)
+        params: Iterable[Mapping[str, Any]] | Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        super().__init__(model, layout, lr, betas, eps, weight_decay, projection, params)
 
 
 def _check_number(name: str, value: object) -> None:

@@ -1,16 +1,20 @@
-"""Work tables of a step: which elements of the flat buffers are updated only, which projected.
+"""Work tables of a step: where the groups lie in the flat buffers, in the order kernels walk them.
 
-A `Plan` is plain int64 tables, built with numpy when the mask changes and read by every kernel:
+A `Plan` is plain int64 tables, built once per set of flat buffers with numpy; the mask is no part
+of it, kernels read it per group.
 
-* ``chunks [n_chunks, 8]``: ``tensor, buffer, hyper, start, grad_start, inner, outer, stride``.
-  A chunk is ``outer`` pieces of ``inner`` contiguous elements, ``stride`` apart, the first at
-  ``start`` in its flat buffer and at ``grad_start`` in its gradient; all of one tensor. The first
-  ``n_slots`` chunks belong to dropped groups, group by group (a kernel's partial sums are slots of
-  the same number, so their order is fixed); the rest need no projection.
-* ``items [n_items, 4]``: ``chunk_begin, chunk_end, group, hyper`` of every dropped group, by group.
-* ``work``: all of it in memory order (items without chunks left out) for kernels whose threads walk
-  the buffers: an item's index, or ``~index`` of a chunk that needs no projection.
-* ``units [n_units + 1]``: bounds within ``work`` of pieces of about equal size.
+* ``segments [n_segments, 8]``: ``tensor, buffer, hyper, start, grad_start, inner, outer, stride``.
+* ``bundles [n_bundles, 5]``: ``segment_begin, segment_end, group_begin, n, hyper``: ``n``
+  neighbouring groups, or elements in no group (``group_begin = -1, n = 1``). Channel ``c`` of a
+  bundle owns, in each of its segments, ``outer`` pieces of ``inner`` contiguous elements at
+  ``start + c * inner``, ``stride`` apart, of the flat buffer; the same from ``grad_start`` in the
+  gradient. Bundles stand in memory order; ``hyper`` is the row whose lr the thresholds use.
+* ``units [n_units + 1]``: bounds within ``bundles`` of pieces of about equal size, for threads.
+* ``blocks [n_blocks, 3]``: ``bundle, first channel, n channels``, the longest first: the work of
+  one thread block. Several channels share one only where each is short.
+
+A bundle keeps neighbouring rows together: kept ones are updated in one sweep however the mask
+alternates, and the tables have a few thousand rows where groups have tens of thousands of pieces.
 """
 
 from __future__ import annotations
@@ -20,14 +24,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-CHUNK_COLUMNS = ("tensor", "buffer", "hyper", "start", "grad_start", "inner", "outer", "stride")
+SEGMENT_COLUMNS = ("tensor", "buffer", "hyper", "start", "grad_start", "inner", "outer", "stride")
+BUNDLE_COLUMNS = ("segment_begin", "segment_end", "group_begin", "n", "hyper")
+BLOCK_COLUMNS = ("bundle", "first", "n")
 TENSOR_COLUMNS = ("buffer", "offset", "numel", "hyper")
-ITEM_COLUMNS = ("chunk_begin", "chunk_end", "group", "hyper")
 
-MAX_CHUNK = 1 << 14
-"""Most elements of one chunk where it can be split (a whole row of ResNet-50 is at most 4608)."""
+MAX_FREE = 1 << 12
+"""Most elements of a bundle in no group: a thread block's work (112 KiB of AdamW traffic)."""
+MAX_BUNDLE = 1 << 14
+"""Most elements of a bundle of several groups: its fp32 streams fit a core's L2 cache."""
 UNIT = 1 << 15
 """Elements per unit: about 1 MiB of AdamW traffic, so that the shared counter costs nothing."""
+WARP_CHANNEL = 256
+"""Most elements of a channel that one warp handles beside others: 8 per lane."""
+WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -49,98 +59,88 @@ class Axis:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tables of one mask on the parameters' device; see the module docstring."""
+    """Tables on the parameters' device; see the module docstring."""
 
-    chunks: torch.Tensor
-    items: torch.Tensor
-    work: torch.Tensor
+    segments: torch.Tensor
+    bundles: torch.Tensor
     units: torch.Tensor
-    n_slots: int
-    n_projected: int
+    blocks: torch.Tensor
 
 
 def build_plan(
     tensors: np.ndarray,
     axes: list[Axis],
     group_hyper: np.ndarray,
-    dropped: np.ndarray,
     device: torch.device,
-    max_chunk: int = MAX_CHUNK,
+    max_free: int = MAX_FREE,
+    max_bundle: int = MAX_BUNDLE,
     unit: int = UNIT,
 ) -> Plan:
-    """The plan that projects the groups where ``dropped`` holds and updates everything.
+    """The tables of these tensors; every element is in exactly one bundle.
 
     Args:
         tensors: int64 ``[n_tensors, 4]`` (`TENSOR_COLUMNS`).
-        axes: at most one per tensor; tensors without one need no projection.
+        axes: at most one per tensor; tensors without one are in no group.
         group_hyper: int64 ``[n_groups]``, hyperparameter row whose lr the group's threshold uses.
-        dropped: bool ``[n_groups]``.
         device: where the tables go.
-        max_chunk: split longer chunks.
-        unit: elements per unit.
+        max_free, max_bundle, unit: sizes in elements, see the constants.
     """
     axis_of = {axis.tensor: axis for axis in axes}
     parts = []
     for index in range(len(tensors)):
-        axis = axis_of.get(index)
         numel = int(tensors[index, 2])
-        if axis is None or numel == 0:
-            groups, inner, outer = np.full(1, -1, dtype=np.int64), numel, 1
-        else:
-            member = (axis.groups >= 0) & dropped[axis.groups]
-            groups, inner, outer = np.where(member, axis.groups, -1), axis.inner, axis.outer
+        axis = axis_of.get(index) or Axis(index, numel, 1, np.full(1, -1, dtype=np.int64))
         if numel:
-            parts.append(_runs(index, groups, inner, outer))
+            parts.append(_runs(axis))
     runs = np.concatenate(parts) if parts else np.empty((0, 6), dtype=np.int64)
-    runs = _split(runs, max_chunk)
+    free = _split(runs[runs[:, 5] < 0], max_free)
+    owned = runs[runs[:, 5] >= 0]
+    owned = owned[np.lexsort((owned[:, 1], owned[:, 0], owned[:, 5]))]
+    heads, n_channels, segment_counts = _bundled(owned, max_bundle)
 
-    tensor, start, inner, outer, stride, group = runs.T
-    size = inner * outer
+    # One row of `runs` per segment: those of each bundle's first group, then the free ones.
+    counts = np.concatenate([segment_counts, np.ones(len(free), dtype=np.int64)])
+    rows = np.concatenate([owned[_ranges(heads, segment_counts)], free])
+    n = np.concatenate([n_channels, np.ones(len(free), dtype=np.int64)])
+    first = np.cumsum(counts) - counts
+    group = rows[first, 5] if len(counts) else first
+
+    tensor, start, inner, outer, stride, _ = rows.T
     buffer, offset, hyper = tensors[tensor, 0], tensors[tensor, 1], tensors[tensor, 3]
     # Place in the concatenation of all buffers: memory order for the walk over them.
     ends = np.zeros(int(tensors[:, 0].max(initial=0)) + 1, dtype=np.int64)
     np.maximum.at(ends, tensors[:, 0], tensors[:, 1] + tensors[:, 2])
     place = (np.cumsum(ends) - ends)[buffer] + offset + start
-
-    order = np.lexsort((place, np.where(group < 0, np.iinfo(np.int64).max, group)))
     columns = (tensor, buffer, hyper, offset + start, start, inner, outer, stride)
-    chunks = np.stack(columns, axis=1)[order]
-    group, size, place = group[order], size[order], place[order]
-    n_slots = int((group >= 0).sum())
+    order = np.argsort(place[first], kind="stable")
+    segments = np.stack(columns, axis=1)[_ranges(first[order], counts[order])]
+    counts, n, group = counts[order], n[order], group[order]
+    ends = np.cumsum(counts)
+    sizes = np.add.reduceat(segments[:, 5] * segments[:, 6], ends - counts) if len(ends) else ends
+    padded = np.append(group_hyper, 0)
+    bundles = np.stack([ends - counts, ends, group, n, padded[group]], axis=1)
 
-    dropped_groups = np.flatnonzero(dropped)
-    bounds = np.searchsorted(group[:n_slots], np.stack([dropped_groups, dropped_groups + 1]))
-    items = np.stack([bounds[0], bounds[1], dropped_groups, group_hyper[dropped_groups]], axis=1)
-
-    sums = np.concatenate([[0], np.cumsum(size[:n_slots])])
-    filled = np.flatnonzero(bounds[1] > bounds[0])
-    free = np.arange(n_slots, len(chunks))
-    work = np.concatenate([filled, ~free])
-    work_place = np.concatenate([place[bounds[0][filled]], place[free]])
-    work_size = np.concatenate([(sums[bounds[1]] - sums[bounds[0]])[filled], size[free]])
-    order = np.argsort(work_place, kind="stable")
-    work, work_size = work[order], work_size[order]
-    number = (np.cumsum(work_size) - work_size) // unit
-    starts = np.flatnonzero(np.diff(number, prepend=-1))
-    units = np.append(starts, len(work))
-
-    def table(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
-
-    return Plan(table(chunks), table(items), table(work), table(units), n_slots, int(sums[-1]))
+    before = np.cumsum(sizes * n) - sizes * n
+    units = np.append(np.flatnonzero(np.diff(before // unit, prepend=-1)), len(bundles))
+    return Plan(
+        *(
+            torch.from_numpy(np.ascontiguousarray(table, dtype=np.int64)).to(device)
+            for table in (segments, bundles, units, _blocks(n, sizes, group))
+        )
+    )
 
 
-def _runs(tensor: int, groups: np.ndarray, inner: int, outer: int) -> np.ndarray:
-    """Merge neighbouring channels of one label.
+def _runs(axis: Axis) -> np.ndarray:
+    """Merge neighbouring entries of one group (or none) of a tensor.
 
-    Returns int64 ``[n_runs, 6]``: tensor, start in it, inner, outer, stride, group. Touching
-    channels of one dropped group merge too.
+    Returns int64 ``[n_runs, 6]``: tensor, start in it, inner, outer, stride, group.
     """
+    groups, inner, outer = axis.groups, axis.inner, axis.outer
     first = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
     length = np.diff(first, append=len(groups)) * inner
     stride = len(groups) * inner
     runs = np.empty((len(first), 6), dtype=np.int64)
-    runs[:, 0] = tensor
+    runs[:, 0] = axis.tensor
     runs[:, 1] = first * inner
     runs[:, 2] = length
     runs[:, 3] = outer
@@ -153,6 +153,54 @@ def _runs(tensor: int, groups: np.ndarray, inner: int, outer: int) -> np.ndarray
     return runs
 
 
+def _bundled(owned: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First run, number of groups and runs per group of every bundle.
+
+    ``owned`` is sorted by group, tensor and start. Neighbouring groups share a bundle where each
+    piece of one directly follows the same piece of the other.
+    """
+    if not len(owned):
+        empty = np.empty(0, dtype=np.int64)
+        return empty, empty, empty
+    begins = np.flatnonzero(np.diff(owned[:, 5], prepend=-1))
+    counts = np.diff(begins, append=len(owned))
+    sizes = np.add.reduceat(owned[:, 2] * owned[:, 3], begins)
+    group = owned[begins, 5]
+
+    # Whether a group continues the one before it: each of its runs against the run as far back as
+    # a group has runs.
+    back = np.arange(len(owned)) - np.repeat(counts, counts)
+    before = owned[np.maximum(back, 0)]
+    same = (before[:, [0, 2, 3, 4]] == owned[:, [0, 2, 3, 4]]).all(axis=1)
+    follows = before[:, 1] + before[:, 2] == owned[:, 1]
+    continues = np.logical_and.reduceat(same & follows & (back >= 0), begins)
+    continues[0] = False
+    continues[1:] &= (counts[1:] == counts[:-1]) & (np.diff(group) == 1)
+
+    chain = np.flatnonzero(~continues)
+    position = np.arange(len(begins)) - np.repeat(chain, np.diff(chain, append=len(begins)))
+    at_most = np.maximum(limit // sizes, 1)
+    head = np.flatnonzero(position % at_most == 0)
+    return begins[head], np.diff(head, append=len(begins)), counts[head]
+
+
+def _blocks(n: np.ndarray, sizes: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Thread blocks of bundles with ``n`` channels of ``sizes`` elements, longest first."""
+    per_block = np.where((group >= 0) & (sizes <= WARP_CHANNEL), WARPS, 1)
+    counts = -(-n // per_block)
+    bundle = np.repeat(np.arange(len(n)), counts)
+    first = _ranges(np.zeros(len(n), dtype=np.int64), counts) * per_block[bundle]
+    taken = np.minimum(per_block[bundle], n[bundle] - first)
+    order = np.argsort(-sizes[bundle], kind="stable")
+    return np.stack([bundle, first, taken], axis=1)[order]
+
+
+def _ranges(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``begin, begin + 1, ...`` of ``count`` each, end to end."""
+    shift = begins - (np.cumsum(counts) - counts)
+    return np.arange(counts.sum()) + np.repeat(shift, counts)
+
+
 def _split(runs: np.ndarray, limit: int) -> np.ndarray:
     """Cut runs of more than ``limit`` elements: contiguous ones anywhere, others between pieces."""
     _, _, inner, outer, stride, _ = runs.T
@@ -161,7 +209,7 @@ def _split(runs: np.ndarray, limit: int) -> np.ndarray:
     extent = np.where(single, inner, outer)
     parts = -(-extent // per_part)
     source = np.repeat(np.arange(len(runs)), parts)
-    begin = (np.arange(len(source)) - np.repeat(np.cumsum(parts) - parts, parts)) * per_part[source]
+    begin = _ranges(np.zeros(len(runs), dtype=np.int64), parts) * per_part[source]
     taken = np.minimum(per_part[source], extent[source] - begin)
     cut = runs[source]
     one = single[source]

@@ -44,10 +44,7 @@ class HalfSpace:
     name: ClassVar[str] = "half_space"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.eps, (int, float)) or not 0.0 <= self.eps < 1.0:
-            raise ValueError(f"eps: expected a number in [0, 1), got {self.eps!r}")
-        if not math.isfinite(self.eps):
-            raise ValueError(f"eps: expected a finite number, got {self.eps!r}")
+        _number("eps", self.eps, 0.0, 1.0, "in [0, 1)")
 
     @property
     def args(self) -> tuple[float, ...]:
@@ -55,7 +52,41 @@ class HalfSpace:
         return (float(self.eps),)
 
 
-Projection = Prox | HalfSpace
+@dataclass(frozen=True)
+class DHSPG:
+    """Dual half-space projected gradient (OTOv2, arXiv 2303.06862).
+
+    With x the group before the step, z after the optimizer's update and u what it moved x by
+    (``x - z``, decoupled weight decay aside), the threshold t becomes, where the update would make
+    the group grow (``x . u < 0``): ``clip(amplify * low, t, cap * t)`` with
+    ``low = -(x . u) / norm(x)``, the least that makes the norm fall; or the middle of low and
+    ``high = -norm(u)^2 * norm(x) / (x . u)``, if it exceeds high, up to which the step still
+    descends. Then as `HalfSpace`. Where ``cap * t < low`` the cap wins and the group may grow.
+
+    Args:
+        eps: how much of its own direction a group must keep, in [0, 1).
+        amplify: factor over low, > 0; published: 2 with SGD, 20 with Adam and AdamW.
+        cap: factor over t, >= 1; published: 10 with SGD, 1000 with Adam and AdamW.
+    """
+
+    eps: float = 0.0
+    amplify: float = 2.0
+    cap: float = 10.0
+    code: ClassVar[int] = 3
+    name: ClassVar[str] = "dhspg"
+
+    def __post_init__(self) -> None:
+        _number("eps", self.eps, 0.0, 1.0, "in [0, 1)")
+        _number("amplify", self.amplify, math.ulp(0.0), math.inf, "> 0")
+        _number("cap", self.cap, 1.0, math.inf, ">= 1")
+
+    @property
+    def args(self) -> tuple[float, ...]:
+        """Constants the step op takes."""
+        return (float(self.eps), float(self.amplify), float(self.cap))
+
+
+Projection = Prox | HalfSpace | DHSPG
 """Any projection; `None` stands for no projection at all."""
 
 
@@ -65,7 +96,14 @@ def check_projection(projection: object) -> Projection | None:
     Raises:
         TypeError: neither a projection nor None.
     """
-    if projection is None or isinstance(projection, (Prox, HalfSpace)):
+    if projection is None or isinstance(projection, Projection):
         return projection
     hint = " (an instance is needed: call it)" if isinstance(projection, type) else ""
-    raise TypeError(f"projection: expected Prox(), HalfSpace() or None, got {projection!r}{hint}")
+    raise TypeError(
+        f"projection: expected Prox(), HalfSpace(), DHSPG() or None, got {projection!r}{hint}"
+    )
+
+
+def _number(name: str, value: object, low: float, high: float, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+        raise ValueError(f"{name}: expected a number {expected}, got {value!r}")

@@ -1,19 +1,19 @@
 """One slow, clear torch function per op: the oracle in float64 and the fallback on any device.
 
 The arguments are those of the ops (see `ops.py`). Formulas: `torch.optim`'s SGD, Adam and AdamW
-element by element; the proximal and half-space projections of ATO section 3. Nothing here reads a
-value back to the host.
+element by element; the proximal and half-space projections of ATO section 3, DHSPG of OTOv2. The
+tables are read on the host, which on an accelerator waits for it; no other value is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 SGD, ADAM, ADAMW = 0, 1, 2
-NO_PROJECTION, PROX, HALF_SPACE = 0, 1, 2
+NO_PROJECTION, PROX, HALF_SPACE, DHSPG = 0, 1, 2, 3
 HYPER_COLUMNS = ("lr", "weight_decay", "beta1", "beta2", "eps", "nesterov")
 
 
@@ -25,18 +25,17 @@ def group_step_ref(
     scratch: Tensor,
     grads: Sequence[Tensor],
     tensors: Tensor,
-    chunks: Tensor,
-    items: Tensor,
-    work: Tensor,
+    segments: Tensor,
+    bundles: Tensor,
     units: Tensor,
+    blocks: Tensor,
+    mask: Tensor,
     strength: Tensor,
     threshold: Tensor,
     hyper: Sequence[float],
     lr: Sequence[Tensor],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    n_slots: int,
-    n_projected: int,
     optimizer: int,
     projection: int,
     projection_args: Sequence[float],
@@ -52,26 +51,26 @@ def group_step_ref(
         value = value.to(target.dtype)
         target.copy_(value if run is None else torch.where(run, value, target))
 
-    elements = owner = before = None
-    if projection != NO_PROJECTION and n_projected:
-        elements, owner = _elements(params, chunks[:n_slots], items, n_projected)
-        before = _joined(params)[elements]
-
+    # Values are rounded to the parameters' dtype once, after the projection.
+    before = [buffer.to(_compute_dtype(buffer.dtype), copy=True) for buffer in params]
+    after = [buffer.clone() for buffer in before]
+    decays: list[float | Tensor] = []
     for index, (buffer, offset, numel, row) in enumerate(tensors.tolist()):
+        values = dict(zip(HYPER_COLUMNS, rows[row], strict=True), lr=rates[row])
         grad = grads[index]
-        if grad.numel() == 0:
+        updated = grad.numel() > 0
+        decays.append(1 - values["lr"] * values["weight_decay"] if optimizer == ADAMW else 1.0)
+        if not updated:
+            decays[-1] = 1.0
             continue
         here = slice(offset, offset + numel)
-        x = params[buffer][here]
+        x = before[buffer][here]
         m = first[buffer][here] if first else None
         v = second[buffer][here] if second else None
-        work_dtype = m.dtype if m is not None else _compute_dtype(x.dtype)
-        g = _in_memory_order(grad).to(work_dtype)
+        g = _in_memory_order(grad).to(x.dtype)
         if grad_scale is not None:
-            g = g / grad_scale.to(work_dtype)
-        values = dict(zip(HYPER_COLUMNS, rows[row], strict=True), lr=rates[row])
-        new_x, new_m, new_v = _update(optimizer, x.to(work_dtype), g, m, v, step[index], values)
-        put(x, new_x)
+            g = g / grad_scale.to(x.dtype)
+        after[buffer][here], new_m, new_v = _update(optimizer, x, g, m, v, step[index], values)
         if new_m is not None:
             put(m, new_m)
         if new_v is not None:
@@ -79,53 +78,66 @@ def group_step_ref(
         if optimizer != SGD or values["beta1"] != 0:
             put(step[index], step[index] + 1)
 
-    if elements is None:
-        return
-    flat = _joined(params)
-    z, scale = _project(
-        (flat[elements], before),
-        owner,
-        items,
-        (strength, threshold),
-        rates,
-        projection,
-        projection_args,
-    )
-    flat[elements] = z if run is None else torch.where(run, z, flat[elements])
-    _write_back(params, flat)
-    dead = (scale == 0)[owner]
-    if run is not None:
-        dead = dead & run
-    for state in (first, second):
-        if state:
-            flat = _joined(state)
-            flat[elements] = flat[elements].masked_fill(dead, 0)
-            _write_back(state, flat)
+    if projection != NO_PROJECTION:
+        for group, parts, row in _groups(segments, bundles):
+            dead = _project(
+                [(_channels(before[p[1]], p, len(mask[group])), p) for p in parts],
+                [_channels(after[p[1]], p, len(mask[group])) for p in parts],
+                decays,
+                ~mask[group],
+                _threshold(strength[group], threshold[group], rates[row]),
+                projection,
+                projection_args,
+            )
+            for state in (first, second):
+                for part in parts if state else ():
+                    view = _channels(state[part[1]], part, len(dead))
+                    put(view, view.masked_fill(dead[:, None], 0))
+    for buffer, value in zip(params, after, strict=True):
+        put(buffer, value)
 
 
 def group_norms_ref(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     tensors: Tensor,
-    chunks: Tensor,
-    items: Tensor,
-    n_slots: int,
-    n_projected: int,
+    segments: Tensor,
+    bundles: Tensor,
+    blocks: Tensor,
+    n_groups: int,
 ) -> Tensor:
-    """Sums of squares per item, float64 ``[n_items, 1]``, or ``[n_items, 3]`` with gradients."""
-    elements, owner = _elements(params, chunks[:n_slots], items, n_projected)
-    x = _joined(params)[elements].double()
-    columns = [x * x]
-    if grads:
-        flat = _joined([torch.zeros_like(buffer) for buffer in params])
-        base = _bases(params)
-        for (buffer, offset, numel, _), grad in zip(tensors.tolist(), grads, strict=True):
-            if grad.numel():
-                at = base[buffer] + offset
-                flat[at : at + numel] = _in_memory_order(grad).to(flat.dtype)
-        g = flat[elements].double()
-        columns += [g * g, x * g]
-    return torch.stack([_segment_sum(c, owner, items) for c in columns], dim=1)
+    """Sums per group, float64 ``[n_groups, 1]``, or ``[n_groups, 3]`` with gradients."""
+    sums = torch.zeros(n_groups, 3 if grads else 1, dtype=torch.float64, device=params[0].device)
+    for group, parts, _ in _groups(segments, bundles):
+        for part in parts:
+            n = len(sums[group])
+            x = _channels(params[part[1]], part, n).double()
+            products = [x * x]
+            if grads:
+                flat, start = _in_memory_order(grads[part[0]]), part[4]
+                g = (
+                    _channels(flat, part, n, start).double()
+                    if flat.numel()
+                    else torch.zeros_like(x)
+                )
+                products += [g * g, x * g]
+            sums[group] += torch.stack([p.sum((0, 2)) for p in products], dim=1)
+    return sums
+
+
+def _groups(segments: Tensor, bundles: Tensor) -> Iterator[tuple[slice, list[list[int]], int]]:
+    """Every bundle of groups: the groups, its segments, its hyperparameter row."""
+    rows = segments.tolist()
+    for begin, end, group, n, row in bundles.tolist():
+        if group >= 0:
+            yield slice(group, group + n), rows[begin:end], row
+
+
+def _channels(flat: Tensor, segment: Sequence[int], n: int, start: int | None = None) -> Tensor:
+    """View ``[outer, n, inner]`` of a segment's n channels."""
+    inner, outer, stride = segment[5:8]
+    at = segment[3] if start is None else start
+    return flat.as_strided((outer, n, inner), (stride, inner, 1), flat.storage_offset() + at)
 
 
 def _update(
@@ -160,45 +172,58 @@ def _update(
     return x - rate * (m / (v.sqrt() / correction2.to(x.dtype) + h["eps"])), m, v
 
 
+def _threshold(strength: Tensor, threshold: Tensor, lr: float | Tensor) -> Tensor:
+    """Norm every group loses, float64; an infinite strength means so whatever lr is."""
+    strength = strength.double()
+    rate = lr.double().reshape(()) if isinstance(lr, Tensor) else lr
+    return torch.where(strength == float("inf"), strength, rate * strength) + threshold
+
+
 def _project(
-    values: tuple[Tensor, Tensor],
-    owner: Tensor,
-    items: Tensor,
-    strengths: tuple[Tensor, Tensor],
-    rates: list[float | Tensor],
+    before: list[tuple[Tensor, Sequence[int]]],
+    after: list[Tensor],
+    decays: Sequence[float | Tensor],
+    dropped: Tensor,
+    limit: Tensor,
     projection: int,
     args: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """The projected elements and every item's scale (0 = dropped).
-
-    ``values`` are the elements after and before the update.
-    """
-    z, x = (value.to(_compute_dtype(value.dtype)) for value in values)
-    wide = z.double()
-    group, row = items[:, 2], items[:, 3]
-    lr = torch.stack([_scalar(rate, z.device) for rate in rates])
-    lam, fixed = (value[group].double() for value in strengths)
-    limit = torch.where(lam == float("inf"), lam, lr[row] * lam) + fixed
-    xx = _segment_sum(x.double() ** 2, owner, items)
+) -> Tensor:
+    """Project the dropped groups of a bundle, writing to ``after``; which of them became zero."""
+    xx, zz, zx, xu, uu = torch.zeros(5, len(dropped), dtype=torch.float64, device=dropped.device)
+    for (x, part), z in zip(before, after, strict=True):
+        u = decays[part[0]] * x - z
+        x, z, u = x.double(), z.double(), u.double()
+        for total, product in ((xx, x * x), (zz, z * z), (zx, z * x), (xu, x * u), (uu, u * u)):
+            total += product.sum((0, 2))
+    hard = (limit == float("inf")) & ~zx.isnan()
     if projection == PROX:
-        norm = (_segment_sum(wide**2, owner, items) + 1e-8).sqrt()
+        norm = (zz + 1e-8).sqrt()
         scale = torch.where(limit >= norm, 0.0, 1 - limit / norm)
+        pull = torch.zeros_like(scale)
     else:
-        hard = limit == float("inf")
-        pull = torch.where(hard, 0.0, limit / (xx.sqrt() + 1e-8))
-        z = z - pull.to(z.dtype)[owner] * x
-        zx = _segment_sum(z.double() * x.double(), owner, items)
-        scale = torch.where((zx < args[0] * xx) | (hard & ~zx.isnan()), 0.0, 1.0).double()
+        if projection == DHSPG:
+            limit = _dhspg_threshold(xx, xu, uu, limit, args[1], args[2])
+        pull = torch.where(limit == float("inf"), 0.0, limit / (xx.sqrt() + 1e-8))
+        scale = torch.where((zx - pull * xx < args[0] * xx) | hard, 0.0, 1.0).double()
     # Exact zero is absorbing: a group that was zero before the step stays so.
     scale = torch.where(xx == 0, 0.0, scale)
-    factor = scale.to(z.dtype)[owner]
-    return torch.where(factor == 0, torch.zeros_like(z), z * factor), scale
+    dead = dropped & (scale == 0)
+    for (x, _), z in zip(before, after, strict=True):
+        wanted = scale.to(z.dtype)[:, None] * z - pull.to(z.dtype)[:, None] * x
+        wanted = torch.where(dead[:, None], torch.zeros_like(z), wanted)
+        z.copy_(torch.where(dropped[:, None], wanted, z))
+    return dead
 
 
-def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.to(torch.float64).reshape(())
-    return torch.full((), value, dtype=torch.float64, device=device)
+def _dhspg_threshold(
+    xx: Tensor, xu: Tensor, uu: Tensor, limit: Tensor, amplify: float, cap: float
+) -> Tensor:
+    """Between the pull that makes the norm fall and the one up to which the step descends."""
+    low = -xu / xx.sqrt()
+    high = -uu * xx.sqrt() / xu
+    wanted = torch.minimum(torch.maximum(amplify * low, limit), cap * limit)
+    wanted = torch.where(wanted >= high, 0.5 * (low + high), wanted)
+    return torch.where((xu < 0) & (limit != float("inf")), wanted, limit)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -208,46 +233,3 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _in_memory_order(grad: Tensor) -> Tensor:
     """The elements of a dense tensor in the order they lie in memory."""
     return grad.as_strided((grad.numel(),), (1,))
-
-
-def _bases(buffers: Sequence[Tensor]) -> list[int]:
-    bases, total = [], 0
-    for buffer in buffers:
-        bases.append(total)
-        total += buffer.numel()
-    return bases
-
-
-def _joined(buffers: Sequence[Tensor]) -> Tensor:
-    """All buffers end to end; one buffer is returned itself, so writing to it writes through."""
-    if len(buffers) == 1:
-        return buffers[0]
-    dtype = torch.float64 if any(b.dtype == torch.float64 for b in buffers) else torch.float32
-    return torch.cat([buffer.to(dtype) for buffer in buffers])
-
-
-def _write_back(buffers: Sequence[Tensor], flat: Tensor) -> None:
-    if len(buffers) > 1:
-        for buffer, base in zip(buffers, _bases(buffers), strict=True):
-            buffer.copy_(flat[base : base + buffer.numel()])
-
-
-def _elements(
-    params: Sequence[Tensor], chunks: Tensor, items: Tensor, n_projected: int
-) -> tuple[Tensor, Tensor]:
-    """Place of every projected element in the joined buffers, and the item that owns it."""
-    base = torch.tensor(_bases(params), device=chunks.device)
-    start, inner, outer, stride = chunks[:, 3] + base[chunks[:, 1]], *chunks[:, 5:8].T
-    size = inner * outer
-    index = torch.repeat_interleave(size, output_size=n_projected)
-    within = torch.arange(n_projected, device=chunks.device) - (size.cumsum(0) - size)[index]
-    elements = start[index] + within // inner[index] * stride[index] + within % inner[index]
-    chunk_owner = torch.repeat_interleave(items[:, 1] - items[:, 0], output_size=len(chunks))
-    return elements, chunk_owner[index]
-
-
-def _segment_sum(values: Tensor, owner: Tensor, items: Tensor) -> Tensor:
-    """Sum per item in float64; elements of one item are neighbours, so the order is fixed."""
-    lengths = torch.zeros(len(items), dtype=torch.int64, device=owner.device)
-    lengths.index_add_(0, owner, torch.ones_like(owner))
-    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)

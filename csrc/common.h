@@ -41,42 +41,67 @@ inline void check_table(const Tensor& table, const char* name, int64_t columns) 
   }
 }
 
-// Flat buffers of parameters and of one state must match one to one.
-inline void check_buffers(const std::vector<Tensor>& buffers, const char* name,
-                          const std::vector<Tensor>& params, bool needed) {
-  const size_t expected = needed ? params.size() : 0;
-  STD_TORCH_CHECK(buffers.size() == expected || (!needed && buffers.size() == params.size()), name,
-                  ": expected ", expected, " buffer(s), one per entry of params, got ",
-                  buffers.size());
-  for (size_t i = 0; i < buffers.size(); ++i) {
-    check_tensor(buffers[i], name, i, ScalarType::Float, params[0]);
-    STD_TORCH_CHECK(buffers[i].numel() == params[i].numel(), name, "[", i, "]: expected ",
-                    params[i].numel(), " elements, got ", buffers[i].numel());
+inline void check_tables(const Tensor& tensors, const Tensor& segments, const Tensor& bundles,
+                         const Tensor& blocks) {
+  check_table(tensors, "tensors", kTensorColumns);
+  check_table(segments, "segments", kSegmentColumns);
+  check_table(bundles, "bundles", kBundleColumns);
+  check_table(blocks, "blocks", kBlockColumns);
+}
+
+// Parameters: one flat buffer per dtype.
+inline void check_params(const std::vector<Tensor>& params) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    const ScalarType dtype = params[i].scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "params[", i,
+                    "]: expected float32 or bfloat16, got dtype ", static_cast<int>(dtype));
+    check_tensor(params[i], "params", i, dtype, params[0]);
   }
 }
 
-// Gradients: one per tensor, empty where missing, else as many elements as the tensor.
+// Flat fp32 buffers of one state must match the parameters' one to one.
+inline void check_states(const std::vector<Tensor>& states, const char* name,
+                         const std::vector<Tensor>& params, bool needed) {
+  const size_t expected = needed ? params.size() : 0;
+  STD_TORCH_CHECK(states.size() == expected || (!needed && states.size() == params.size()), name,
+                  ": expected ", expected, " buffer(s), one per entry of params, got ",
+                  states.size());
+  for (size_t i = 0; i < states.size(); ++i) {
+    check_tensor(states[i], name, i, ScalarType::Float, params[0]);
+    STD_TORCH_CHECK(states[i].numel() == params[i].numel(), name, "[", i, "]: expected ",
+                    params[i].numel(), " elements, got ", states[i].numel());
+  }
+}
+
+// Gradients: one per tensor, of its dtype; empty where missing, else as many elements as it has.
 inline void check_grads(const std::vector<Tensor>& grads, const Tensor& tensors,
-                        const int64_t* numels, int64_t columns, const Tensor& like) {
+                        const std::vector<Tensor>& params) {
   STD_TORCH_CHECK(static_cast<int64_t>(grads.size()) == tensors.sizes()[0], "grads: expected ",
                   tensors.sizes()[0], " gradients, one per row of tensors, got ", grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
+  const int64_t* row = tensors.const_data_ptr<int64_t>();
+  for (size_t i = 0; i < grads.size(); ++i, row += kTensorColumns) {
     const int64_t got = grads[i].numel();
-    const int64_t expected = numels[static_cast<int64_t>(i) * columns];
-    STD_TORCH_CHECK(got == 0 || got == expected, "grads[", i, "]: expected ", expected,
+    STD_TORCH_CHECK(got == 0 || got == row[kNumel], "grads[", i, "]: expected ", row[kNumel],
                     " elements or none, got ", got);
-    STD_TORCH_CHECK(grads[i].scalar_type() == ScalarType::Float, "grads[", i,
-                    "]: expected float32, got dtype ", static_cast<int>(grads[i].scalar_type()));
+    const Tensor& like = params[row[kBuffer]];
+    STD_TORCH_CHECK(got == 0 || grads[i].scalar_type() == like.scalar_type(), "grads[", i,
+                    "]: expected its parameter's dtype ", static_cast<int>(like.scalar_type()),
+                    " (torch ScalarType), got ", static_cast<int>(grads[i].scalar_type()));
     STD_TORCH_CHECK(grads[i].device() == like.device(), "grads[", i,
                     "]: expected the device of params[0] (index ", like.get_device_index(),
                     "), got another (index ", grads[i].get_device_index(), ")");
   }
 }
 
-inline void check_tables(const Tensor& tensors, const Tensor& chunks, const Tensor& items) {
-  check_table(tensors, "tensors", kTensorColumns);
-  check_table(chunks, "chunks", kChunkColumns);
-  check_table(items, "items", kItemColumns);
+// What the groups are told: mask, strength and threshold of one length.
+inline void check_groups(const Tensor& mask, const Tensor& strength, const Tensor& threshold,
+                         const Tensor& like) {
+  check_tensor(mask, "mask", 0, ScalarType::Bool, like);
+  check_tensor(strength, "strength", 0, ScalarType::Float, like);
+  check_tensor(threshold, "threshold", 0, ScalarType::Float, like);
+  STD_TORCH_CHECK(mask.numel() == strength.numel() && mask.numel() == threshold.numel(),
+                  "mask, strength and threshold: expected one length, got ", mask.numel(), ", ",
+                  strength.numel(), " and ", threshold.numel());
 }
 
 inline void check_codes(int64_t optimizer, int64_t projection,
@@ -84,14 +109,24 @@ inline void check_codes(int64_t optimizer, int64_t projection,
                         const std::vector<double>& hyper, const std::vector<Tensor>& lr) {
   STD_TORCH_CHECK(optimizer >= kSgd && optimizer <= kAdamW,
                   "optimizer: expected 0 (sgd), 1 (adam) or 2 (adamw), got ", optimizer);
-  STD_TORCH_CHECK(projection >= kNone && projection <= kHalfSpace,
-                  "projection: expected 0 (none), 1 (prox) or 2 (half-space), got ", projection);
-  STD_TORCH_CHECK(projection != kHalfSpace || projection_args.size() == 1,
-                  "projection_args: expected [eps], got ", projection_args.size(), " values");
+  STD_TORCH_CHECK(projection >= kNone && projection <= kDhspg,
+                  "projection: expected 0 (none), 1 (prox), 2 (half-space) or 3 (dhspg), got ",
+                  projection);
+  const size_t wanted = projection == kHalfSpace ? 1 : projection == kDhspg ? 3 : 0;
+  STD_TORCH_CHECK(projection_args.size() == wanted, "projection_args: expected ", wanted,
+                  " value(s) for projection ", projection, ", got ", projection_args.size());
   STD_TORCH_CHECK(hyper.size() % kHyperColumns == 0, "hyper: expected rows of ",
                   static_cast<int64_t>(kHyperColumns), " values, got ", hyper.size());
   STD_TORCH_CHECK(lr.empty() || lr.size() * kHyperColumns == hyper.size(), "lr: expected ",
                   hyper.size() / kHyperColumns, " tensors or none, got ", lr.size());
+}
+
+inline ProjectionArgs projection_constants(const std::vector<double>& values) {
+  ProjectionArgs args;
+  args.eps = values.size() > 0 ? values[0] : 0.0;
+  args.amplify = values.size() > 1 ? values[1] : 0.0;
+  args.cap = values.size() > 2 ? values[2] : 0.0;
+  return args;
 }
 
 // Whether any parameter group keeps a first state (momentum or exp_avg).

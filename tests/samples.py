@@ -9,17 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ato_fast import HalfSpace, Prox
+from ato_fast import DHSPG, HalfSpace, Prox
 from ato_fast.group_optimizer import GroupOptimizer
 from ato_fast.groups import Gate, GroupLayout, Slice
-from ato_fast.optimizer import SGD, AdamW
-from ato_fast.reference import ADAM
-
-
-class Adam(AdamW):
-    """The op's third optimizer code (L2 decay), driven through AdamW's Python side."""
-
-    _code = ADAM
+from ato_fast.optimizer import SGD, Adam, AdamW
 
 
 class EveryLayout(nn.Module):
@@ -137,15 +130,15 @@ VARIANTS = [
     Variant("adam", Adam, {"lr": 0.02, "weight_decay": 0.05}),
     Variant("adamw", AdamW, {"lr": 0.02, "weight_decay": 0.05, "betas": (0.85, 0.98)}),
 ]
-PROJECTIONS = [None, Prox(), HalfSpace(), HalfSpace(eps=0.2)]
+PROJECTIONS = [None, Prox(), HalfSpace(), HalfSpace(eps=0.2), DHSPG(eps=0.1)]
 
 
 def by_name(value: object) -> str:
     """Readable test ids for variants and projections."""
     if isinstance(value, Variant):
         return value.name
-    if isinstance(value, HalfSpace):
-        return f"half_space-{value.eps:g}"
+    if isinstance(value, (HalfSpace, DHSPG)):
+        return f"{value.name}-{value.eps:g}"
     return "none" if value is None else getattr(value, "name", str(value))
 
 

@@ -33,8 +33,23 @@ def test_auto_takes_the_cpu_kernel_for_fp32_and_the_reference_otherwise(monkeypa
     for op in backend.OPS:
         assert backend.serving(op, CPU, FP32) == "cpu"
         assert backend.serving(op, CPU, [torch.float64]) == "reference"
-        assert backend.serving(op, CPU, [torch.float32, torch.bfloat16]) == "reference"
-        assert backend.serving(op, torch.device("cuda"), FP32) == "reference"
+        assert backend.serving(op, CPU, [torch.float32, torch.bfloat16]) == "cpu"
+        assert backend.serving(op, CPU, [torch.float16]) == "reference"
+        assert backend.serving(op, torch.device("mps"), FP32) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "triton", "served"),
+    [(None, None, "cuda"), ("no", None, "triton"), ("no", "no", "reference")],
+)
+def test_auto_on_cuda_takes_the_extension_then_triton(cuda, triton, served, monkeypatch):
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setattr(backend, "extension", lambda name: backend.Extension(name, cuda))
+    monkeypatch.setattr(backend, "_load_triton", lambda: triton)
+    monkeypatch.setattr(backend, "_TRITON", dict.fromkeys(backend.OPS))
+    for op in backend.OPS:
+        assert backend.serving(op, torch.device("cuda"), FP32) == served
+        assert backend.serving(op, torch.device("cuda"), [torch.float64]) == "reference"
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
@@ -57,7 +72,10 @@ def test_an_unknown_name_raises(monkeypatch, arguments):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("cuda", "it needs cuda tensors, got cpu tensors"), ("triton", "there is no Triton kernel")],
+    [
+        ("cuda", "it needs cuda tensors, got cpu tensors"),
+        ("triton", "it needs CUDA tensors or TRITON_INTERPRET=1"),
+    ],
 )
 def test_a_forced_backend_that_cannot_serve_raises_and_says_why(
     name, reason, monkeypatch, arguments
@@ -105,12 +123,17 @@ def test_importing_loads_no_extension():
         ("params", lambda v: [v[0].view(2, -1)], r"params\[0\]: expected a contiguous buffer"),
         ("grads", lambda v: v[:-1], "grads: expected .*, one per tensor"),
         ("tensors", lambda v: v[:, :3], r"tensors: expected int64 \[n, 4\] on the CPU"),
-        ("chunks", lambda v: v[:, :7], r"chunks: expected int64 \[n, 8\]"),
-        ("items", lambda v: v.to("meta"), r"items: expected int64 \[n, 4\] on cpu.*on meta"),
+        ("segments", lambda v: v[:, :7], r"segments: expected int64 \[n, 8\]"),
+        ("bundles", lambda v: v.to("meta"), r"bundles: expected int64 \[n, 5\] on cpu.*on meta"),
+        ("blocks", lambda v: v[0], r"blocks: expected int64 \[n, 3\]"),
         ("step", lambda v: v[:-1], "step: expected shape"),
-        ("strength", lambda v: v[:-1], "strength and threshold: expected one shape"),
+        ("strength", lambda v: v[:-1], "mask, strength and threshold: expected one shape"),
+        ("mask", lambda v: v[:-1], "mask, strength and threshold: expected one shape"),
+        ("mask", lambda v: v.float(), "mask: expected bool, got torch.float32"),
+        ("projection_args", lambda v: (0.5,), r"projection_args: expected 0 value\(s\) for pro"),
         ("optimizer", lambda v: 3, "optimizer: expected 0"),
         ("projection", lambda v: -1, "projection: expected 0"),
+        ("projection", lambda v: 4, "projection: expected 0 to 3"),
         ("hyper", lambda v: v[:-1], "hyper: expected rows of 6"),
     ],
 )
@@ -124,10 +147,11 @@ def test_the_wrapper_refuses(name, value, message, arguments):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("grads", lambda v: [g.double() for g in v], r"grads\[0\]: expected float32"),
+        ("grads", lambda v: [g.double() for g in v], r"grads\[\d+\]: expected its parameter's"),
         ("first", lambda v: [v[0].double()], r"first\[0\]: expected dtype"),
         ("step", lambda v: v.double(), r"step\[0\]: expected dtype"),
-        ("chunks", lambda v: v.int(), "chunks: expected int64"),
+        ("segments", lambda v: v.int(), "segments: expected int64"),
+        ("units", lambda v: v.int(), "units: expected int64"),
         (
             "grads",
             lambda v: [*v[:-1], torch.ones(5)],
@@ -154,19 +178,20 @@ def test_group_norms_and_opcheck(name, with_grads, monkeypatch):
     optimizer = VARIANTS[-1](model, layout_of(model))
     set_grads(model, 0)
     model.heads.weight.grad = None
-    flat, plan = optimizer.flat, optimizer.flat.everything
+    flat, plan, n_groups = optimizer.flat, optimizer.flat.plan, optimizer.layout.n_groups
     grads = flat.gradients() if with_grads else []
-    arguments = (flat.buffers, grads, flat.tensors, plan.chunks, plan.items)
-    sums = ops.group_norms(*arguments, plan.n_slots, plan.n_projected)
-    expected = torch.zeros(len(plan.items), 3, dtype=torch.float64)
-    for item, gate_group in enumerate(plan.items[:, 2].tolist()):
+    tables = (flat.tensors, plan.segments, plan.bundles, plan.blocks)
+    arguments = (flat.buffers, grads, *tables, n_groups)
+    sums = ops.group_norms(*arguments)
+    expected = torch.zeros(n_groups, 3, dtype=torch.float64)
+    for item in range(n_groups):
         for param, param_name in zip(flat.params, flat.names, strict=True):
             for gate in optimizer.layout.gates:
                 for part in gate.slices:
                     if part.tensor != param_name or not part.in_group:
                         continue
                     for channel, group in enumerate(part.channels.tolist()):
-                        if group >= 0 and group + gate.offset == gate_group:
+                        if group >= 0 and group + gate.offset == item:
                             x = param.detach().double().select(part.dim, channel)
                             g = torch.zeros_like(x)
                             if param.grad is not None:
@@ -176,4 +201,4 @@ def test_group_norms_and_opcheck(name, with_grads, monkeypatch):
                             )
     torch.testing.assert_close(sums, expected if with_grads else expected[:, :1])
     op = torch.ops.ato_fast.group_norms.default
-    torch.library.opcheck(op, (*arguments, plan.n_slots, plan.n_projected))
+    torch.library.opcheck(op, arguments)

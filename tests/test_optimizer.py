@@ -326,10 +326,12 @@ def test_set_mask_keeps_strength_and_set_strength_works_in_place(served):
     model, ours = make(REAL[0])
     n = ours.layout.n_groups
     ours.set_mask(torch.zeros(n), 2.0, threshold=torch.full((n,), 0.5))
-    address = ours._strength.data_ptr(), ours._plan
+    tables = ("_mask", "_strength", "_threshold", "_scratch")
+    addresses = [getattr(ours, name).data_ptr() for name in tables]
     ours.set_strength(3.0)
     assert (ours._strength == 3.0).all() and (ours._threshold == 0.5).all()
     ours.set_mask(torch.zeros(n, dtype=torch.int64))
-    assert (ours._strength.data_ptr(), ours._plan) == address
+    assert not ours._mask.any()
     ours.set_mask(None)
-    assert ours.mask.all() and ours._plan.n_projected == 0
+    assert ours.mask.all() and ours._mask.all()
+    assert addresses == [getattr(ours, name).data_ptr() for name in tables]  # a captured graph's

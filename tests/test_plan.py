@@ -5,12 +5,15 @@ import pytest
 import torch
 
 from ato_fast.plan import Axis, build_plan
-from samples import VARIANTS, every_layout, layout_of, random_mask
+from samples import VARIANTS, every_layout, layout_of
+
+CPU = torch.device("cpu")
 
 
-def _elements(chunk):
-    _, _, _, start, _, inner, outer, stride = chunk
-    return (start + np.arange(outer)[:, None] * stride + np.arange(inner)).ravel()
+def _elements(segment, channel):
+    _, _, _, start, _, inner, outer, stride = segment
+    pieces = start + channel * inner + np.arange(outer)[:, None] * stride + np.arange(inner)
+    return pieces.ravel()
 
 
 def _optimizer():
@@ -18,8 +21,8 @@ def _optimizer():
     return VARIANTS[-1](model, layout_of(model))
 
 
-def _expected_owner(optimizer, dropped):
-    """Group of every element of the buffer by brute force: -1 updated only, -2 padding."""
+def _expected_owner(optimizer):
+    """Group of every element of the buffer by brute force: -1 in none, -2 padding."""
     flat, layout = optimizer.flat, optimizer.layout
     owner = torch.full((flat.buffers[0].numel(),), -2, dtype=torch.int64)
     for index, name in enumerate(flat.names):
@@ -29,54 +32,88 @@ def _expected_owner(optimizer, dropped):
             for part in gate.slices:
                 if part.tensor == name and part.in_group:
                     for channel, group in enumerate(part.channels):
-                        if group >= 0 and dropped[group + gate.offset]:
+                        if group >= 0:
                             view.select(part.dim, channel).fill_(int(group + gate.offset))
     return owner.numpy()
 
 
-@pytest.mark.parametrize("max_chunk", [1, 7, 64, 1 << 14])
-@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
-def test_every_element_once_in_its_group(keep, max_chunk):
+@pytest.mark.parametrize("limit", [1, 7, 64, 1 << 14])
+def test_every_element_once_in_its_group(limit):
     optimizer = _optimizer()
     flat = optimizer.flat
-    dropped = ~random_mask(optimizer.layout, keep=keep).numpy()
-    plan = build_plan(
-        flat.table, flat._axes, flat.group_hyper, dropped, flat.device, max_chunk, unit=100
-    )
-    chunks, items, work, units = (
-        t.numpy() for t in (plan.chunks, plan.items, plan.work, plan.units)
+    plan = build_plan(flat.table, flat.axes, flat.group_hyper, flat.device, limit, limit, unit=100)
+    segments, bundles, units, blocks = (
+        t.numpy() for t in (plan.segments, plan.bundles, plan.units, plan.blocks)
     )
     owner = np.full(flat.buffers[0].numel(), -2)
-    for begin, end, group, _ in items:
-        for chunk in chunks[begin:end]:
-            owner[_elements(chunk)] = group
-    for chunk in chunks[plan.n_slots :]:
-        owner[_elements(chunk)] = -1
-    np.testing.assert_array_equal(owner, _expected_owner(optimizer, dropped))
-    size = chunks[:, 5] * chunks[:, 6]
-    covered = np.concatenate([_elements(chunk) for chunk in chunks])
-    assert len(covered) == len(np.unique(covered)) == size.sum() == flat.table[:, 2].sum()
-    assert plan.n_projected == size[: plan.n_slots].sum()
-    # One piece of a strided run is never cut; the longest is a whole row of `up.weight`, 7 * 9.
-    assert size.max() <= max(max_chunk, 63)
-    assert (items[:, 2] == np.flatnonzero(dropped)).all()
-    tensors = flat.table[chunks[:, 0]]
-    np.testing.assert_array_equal(chunks[:, 3] - chunks[:, 4], tensors[:, 1])
-    assert units[0] == 0 and units[-1] == len(work) and (np.diff(units) > 0).all()
-    filled = np.flatnonzero(items[:, 1] > items[:, 0])
-    assert sorted(work[work >= 0]) == filled.tolist()
-    assert sorted(~work[work < 0]) == list(range(plan.n_slots, len(chunks)))
+    seen = []
+    largest = 0
+    for begin, end, group, n, row in bundles:
+        assert group >= 0 or n == end - begin == 1
+        size = 0
+        for segment in segments[begin:end]:
+            for channel in range(n):
+                elements = _elements(segment, channel)
+                owner[elements] = group + channel if group >= 0 else -1
+                seen.append(elements)
+                size += len(elements)
+        if n > 1 or group < 0:
+            largest = max(largest, size)
+        assert group < 0 or (flat.group_hyper[group : group + n] == row).all()
+    np.testing.assert_array_equal(owner, _expected_owner(optimizer))
+    covered = np.concatenate(seen)
+    assert len(covered) == len(np.unique(covered)) == flat.table[:, 2].sum()
+    # One piece of a strided run in no group is never cut; there is none beyond 63 elements.
+    assert largest <= max(limit, 63)
+    assert bundles[0, 0] == 0 and (bundles[1:, 0] == bundles[:-1, 1]).all()
+    assert bundles[-1, 1] == len(segments)
+    tensors = flat.table[segments[:, 0]]
+    np.testing.assert_array_equal(segments[:, 3] - segments[:, 4], tensors[:, 1])
+    np.testing.assert_array_equal(segments[:, 1:3], tensors[:, [0, 3]])
+    assert units[0] == 0 and units[-1] == len(bundles) and (np.diff(units) > 0).all()
+    _check_blocks(segments, bundles, blocks)
 
 
-def test_runs_without_projection_merge_across_rows():
-    """A depthwise weight of 9 elements per row is one chunk where nothing is dropped."""
-    table = np.array([[0, 0, 9 * 512, 0]])
-    axis = Axis(0, 9, 1, np.arange(512))
-    dropped = np.zeros(512, dtype=bool)
-    arguments = (np.zeros(512, dtype=np.int64), dropped, torch.device("cpu"))
-    assert len(build_plan(table, [axis], *arguments).chunks) == 1
-    dropped[100] = dropped[101] = True
-    assert build_plan(table, [axis], *arguments).chunks[:, 5].tolist() == [9, 9, 900, 9 * 410]
+def _check_blocks(segments, bundles, blocks):
+    sizes = [(segments[b:e, 5] * segments[b:e, 6]).sum() for b, e, *_ in bundles]
+    channels = [(b, c) for b, first, n in blocks for c in range(first, first + n)]
+    assert sorted(channels) == [(b, c) for b in range(len(bundles)) for c in range(bundles[b, 3])]
+    longest = [sizes[b] for b, _, _ in blocks]
+    assert longest == sorted(longest, reverse=True)
+    for b, _, n in blocks:
+        assert 1 <= n <= 8 and (n == 1 or (sizes[b] <= 256 and bundles[b, 2] >= 0))
+
+
+def test_neighbouring_rows_share_a_bundle():
+    """512 depthwise rows of 9 elements and their norm: one bundle, whatever the mask will be."""
+    table = np.array([[0, 0, 9 * 512, 0], [0, 4608, 512, 0]])
+    axes = [Axis(0, 9, 1, np.arange(512)), Axis(1, 1, 1, np.arange(512))]
+    plan = build_plan(table, axes, np.zeros(512, dtype=np.int64), CPU)
+    assert plan.bundles.tolist() == [[0, 2, 0, 512, 0]]
+    assert plan.segments[:, 5].tolist() == [9, 1]
+    assert len(plan.blocks) == 512 // 8 and len(plan.units) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.arange(4)[::-1].copy(),  # runs the other way
+        np.array([0, 1, 1, 2]),  # other lengths, one group without
+        np.array([0, -1, 1, 2]),  # a gap
+    ],
+)
+def test_groups_whose_rows_do_not_follow_each_other_stand_alone(other):
+    table = np.array([[0, 0, 12, 0], [0, 16, 4, 0]])
+    axes = [Axis(0, 3, 1, np.arange(4)), Axis(1, 1, 1, other)]
+    plan = build_plan(table, axes, np.zeros(4, dtype=np.int64), CPU)
+    owned = plan.bundles[plan.bundles[:, 2] >= 0]
+    assert owned[:, 3].sum() == 4 and len(owned) > 1
+    for begin, end, group, n, _ in owned.tolist():
+        for segment in plan.segments[begin:end].numpy():
+            groups = np.repeat(np.arange(4), 3) if segment[0] == 0 else other
+            for channel in range(n):
+                places = _elements(segment, channel) - table[segment[0], 1]
+                assert (groups[places] == group + channel).all()
 
 
 def test_a_group_takes_the_lr_of_its_first_row():
@@ -93,12 +130,6 @@ def test_a_group_takes_the_lr_of_its_first_row():
 
 
 def test_no_groups_and_no_parameters():
-    plan = build_plan(
-        np.empty((0, 4), dtype=np.int64),
-        [],
-        np.empty(0, dtype=np.int64),
-        np.empty(0, dtype=bool),
-        torch.device("cpu"),
-    )
-    assert plan.n_slots == plan.n_projected == len(plan.chunks) == len(plan.work) == 0
-    assert plan.units.tolist() == [0]
+    plan = build_plan(np.empty((0, 4), dtype=np.int64), [], np.empty(0, dtype=np.int64), CPU)
+    assert plan.segments.shape == (0, 8) and plan.bundles.shape == (0, 5)
+    assert plan.blocks.shape == (0, 3) and plan.units.tolist() == [0]

@@ -1,11 +1,11 @@
 #include "loops.h"
 
-#include <cstring>
+#include <algorithm>
 
 // One build serves every x86-64: the loader picks the widest clone the machine has. Elsewhere, and
 // with compilers that lack the attribute's arch= levels, the plain build is what runs.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12
+    __GNUC__ >= 12 && !defined(ATO_NO_CLONES)
 #define ATO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define ATO_CLONES
@@ -19,89 +19,275 @@
 #define ATO_NO_ALIAS
 #endif
 
+#if defined(__GNUC__)
+#define ATO_INLINE __attribute__((always_inline))
+#define ATO_PREFETCH(at) __builtin_prefetch(at)
+#else
+#define ATO_INLINE
+#define ATO_PREFETCH(at) static_cast<void>(at)
+#endif
+
 namespace ato::cpu {
 
 namespace {
 
 constexpr int64_t kLanes = 16;
+// Elements per block of an update, and how far ahead its streams are fetched: the hardware's
+// prefetchers stop at pages and lose the thread where rows end and sums begin.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kAhead = 512;
+constexpr int64_t kLineBytes = 64;
 
-}  // namespace
+template <Rule R>
+constexpr bool kHasM = R == Rule::momentum || R == Rule::adam;
 
-ATO_CLONES
-void sgd_span(const Coefficients& c, float* p, const float* g, int64_t n) {
-  const Coefficients k = c;
-  ATO_NO_ALIAS
-  for (int64_t i = 0; i < n; ++i) {
-    float m = 0.0f, v = 0.0f;
-    p[i] = update<Rule::sgd>(p[i], g[i], m, v, k);
+template <class T>
+ATO_FN void prefetch(const T* at) {
+  for (int64_t i = 0; i < kBlock; i += kLineBytes / static_cast<int64_t>(sizeof(T))) {
+    ATO_PREFETCH(at + i);
   }
 }
 
-ATO_CLONES
-void momentum_span(const Coefficients& c, float* p, float* m, const float* g, int64_t n) {
-  const Coefficients k = c;
-  ATO_NO_ALIAS
-  for (int64_t i = 0; i < n; ++i) {
-    float buffer = m[i], v = 0.0f;
-    p[i] = update<Rule::momentum>(p[i], g[i], buffer, v, k);
-    m[i] = buffer;
+template <Rule R, class T>
+ATO_FN void prefetch_block(const Span<T>& s, int64_t i) {
+  prefetch(s.x + i);
+  if constexpr (R != Rule::none) {
+    prefetch(s.g + i);
+  }
+  if constexpr (kHasM<R>) {
+    prefetch(s.m + i);
+  }
+  if constexpr (R == Rule::adam) {
+    prefetch(s.v + i);
   }
 }
 
-ATO_CLONES
-void adam_span(const Coefficients& c, float* p, float* m, float* v, const float* g, int64_t n) {
-  const Coefficients k = c;
+// The update of element i, states written back.
+template <Rule R, class T>
+ATO_FN float updated(const Coefficients& c, const Span<T>& s, int64_t i) {
+  float g = 0.0f, m = 0.0f, v = 0.0f;
+  if constexpr (R != Rule::none) {
+    g = to_float(s.g[i]);
+  }
+  if constexpr (kHasM<R>) {
+    m = s.m[i];
+  }
+  if constexpr (R == Rule::adam) {
+    v = s.v[i];
+  }
+  const float z = ato::update<R>(to_float(s.x[i]), g, m, v, c);
+  if constexpr (kHasM<R>) {
+    s.m[i] = m;
+  }
+  if constexpr (R == Rule::adam) {
+    s.v[i] = v;
+  }
+  return z;
+}
+
+template <Rule R, class T>
+ATO_FN void update_body(const Coefficients c, const Span<T> s) {
+  int64_t i = 0;
+  for (; i + kBlock <= s.n; i += kBlock) {
+    prefetch_block<R>(s, i + kAhead);
+    ATO_NO_ALIAS
+    for (int64_t j = i; j < i + kBlock; ++j) {
+      s.x[j] = from_float<T>(updated<R>(c, s, j));
+    }
+  }
   ATO_NO_ALIAS
-  for (int64_t i = 0; i < n; ++i) {
-    float first = m[i], second = v[i];
-    p[i] = update<Rule::adam>(p[i], g[i], first, second, k);
-    m[i] = first;
-    v[i] = second;
+  for (int64_t j = i; j < s.n; ++j) {
+    s.x[j] = from_float<T>(updated<R>(c, s, j));
   }
 }
 
-ATO_CLONES
-double dot(const float* x, const float* y, int64_t n) {
-  double lanes[kLanes] = {};
+// Sums in float64 over kLanes lanes, element i in lane i % kLanes, joined pairwise at the end.
+template <int kSums>
+struct LaneSums {
+  double lanes[kSums][kLanes] = {};
+
+  ATO_FN void join(double (&sums)[kSums]) {
+    for (int k = 0; k < kSums; ++k) {
+      for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+        for (int64_t j = 0; j < width; ++j) {
+          lanes[k][j] += lanes[k][j + width];
+        }
+      }
+      sums[k] += lanes[k][0];
+    }
+  }
+};
+
+struct SquareOfZ {
+  static constexpr int kSums = 1;
+
+  ATO_FN static void of(float, float z, float, double (&out)[kSums]) {
+    out[0] = static_cast<double>(z) * static_cast<double>(z);
+  }
+};
+
+struct ProductsWithX {
+  static constexpr int kSums = 4;
+
+  ATO_FN static void of(float x, float z, float decay, double (&out)[kSums]) {
+    const double old = x, now = z, moved = decay * x - z;
+    out[0] = old * old;
+    out[1] = now * old;
+    out[2] = old * moved;
+    out[3] = moved * moved;
+  }
+};
+
+// Rows of 16 elements: the rule's update into z, and its products into the lanes.
+template <Rule R, class Products, class T>
+ATO_FN void trial_body(const Coefficients c, const Span<T> s, float* z,
+                       double (&sums)[Products::kSums]) {
+  LaneSums<Products::kSums> lanes;
+  int64_t i = 0;
+  for (; i + kLanes <= s.n; i += kLanes) {
+    if (i % kBlock == 0) {
+      prefetch_block<R>(s, i + kAhead);
+    }
+    ATO_NO_ALIAS
+    for (int64_t j = 0; j < kLanes; ++j) {
+      double product[Products::kSums];
+      const float x = to_float(s.x[i + j]);
+      z[i + j] = updated<R>(c, s, i + j);
+      Products::of(x, z[i + j], R == Rule::none ? 1.0f : c.decay, product);
+      for (int k = 0; k < Products::kSums; ++k) {
+        lanes.lanes[k][j] += product[k];
+      }
+    }
+  }
+  for (int64_t j = 0; i + j < s.n; ++j) {
+    double product[Products::kSums];
+    const float x = to_float(s.x[i + j]);
+    z[i + j] = updated<R>(c, s, i + j);
+    Products::of(x, z[i + j], R == Rule::none ? 1.0f : c.decay, product);
+    for (int k = 0; k < Products::kSums; ++k) {
+      lanes.lanes[k][j] += product[k];
+    }
+  }
+  lanes.join(sums);
+}
+
+template <Rule R, class T>
+ATO_FN void zz_body(const Coefficients& c, const Span<T>& s, float* z, Sums& sums) {
+  double totals[1] = {sums.zz};
+  trial_body<R, SquareOfZ>(c, s, z, totals);
+  sums.zz = totals[0];
+}
+
+template <Rule R, class T>
+ATO_FN void zx_body(const Coefficients& c, const Span<T>& s, float* z, Sums& sums) {
+  double totals[4] = {sums.xx, sums.zx, sums.xu, sums.uu};
+  trial_body<R, ProductsWithX>(c, s, z, totals);
+  sums.xx = totals[0];
+  sums.zx = totals[1];
+  sums.xu = totals[2];
+  sums.uu = totals[3];
+}
+
+template <class T>
+ATO_FN double dot_body(const T* x, const T* y, int64_t n) {
+  LaneSums<1> lanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int64_t j = 0; j < kLanes; ++j) {
-      lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(y[i + j]);
+      lanes.lanes[0][j] +=
+          static_cast<double>(to_float(x[i + j])) * static_cast<double>(to_float(y[i + j]));
     }
   }
-  for (int64_t j = 0; i < n; ++i, ++j) {
-    lanes[j] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  for (int64_t j = 0; i + j < n; ++j) {
+    lanes.lanes[0][j] +=
+        static_cast<double>(to_float(x[i + j])) * static_cast<double>(to_float(y[i + j]));
   }
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t j = 0; j < width; ++j) {
-      lanes[j] += lanes[j + width];
-    }
-  }
-  return lanes[0];
+  double sum[1] = {0.0};
+  lanes.join(sum);
+  return sum[0];
 }
 
-ATO_CLONES
-void pull_span(float* z, const float* x, float pull, int64_t n) {
+template <class T>
+ATO_FN void combine_body(T* x, const float* z, float scale, float pull, int64_t n) {
+  if (pull == 0.0f) {
+    ATO_NO_ALIAS
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = from_float<T>(scale * z[i]);
+    }
+    return;
+  }
   ATO_NO_ALIAS
   for (int64_t i = 0; i < n; ++i) {
-    z[i] -= pull * x[i];
+    x[i] = from_float<T>(scale * z[i] - pull * to_float(x[i]));
   }
 }
 
-ATO_CLONES
-void scale_span(float* z, float scale, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    z[i] *= scale;
-  }
-}
-
-bool all_zero(const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (x[i] != 0.0f) {
+template <class T>
+ATO_FN bool all_zero_body(const T* x, int64_t n) {
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    bool any = false;
+    for (int64_t i = begin; i < end; ++i) {
+      any |= !(to_float(x[i]) == 0.0f);
+    }
+    if (any) {
       return false;
     }
   }
   return true;
 }
+
+}  // namespace
+
+#define ATO_RULE(R, T)                                                                           \
+  ATO_CLONES void update_##R(const Coefficients& c, const Span<T>& s) {                          \
+    update_body<Rule::R>(c, s);                                                                  \
+  }                                                                                              \
+  ATO_CLONES void update_zz_##R(const Coefficients& c, const Span<T>& s, float* z, Sums& sums) { \
+    zz_body<Rule::R>(c, s, z, sums);                                                             \
+  }                                                                                              \
+  ATO_CLONES void update_zx_##R(const Coefficients& c, const Span<T>& s, float* z, Sums& sums) { \
+    zx_body<Rule::R>(c, s, z, sums);                                                             \
+  }
+
+// One call per span picks the rule; x86's multiversioning cannot clone a template.
+#define ATO_BY_RULE(name, ...)             \
+  switch (rule) {                          \
+    case Rule::none:                       \
+      return name##_none(__VA_ARGS__);     \
+    case Rule::sgd:                        \
+      return name##_sgd(__VA_ARGS__);      \
+    case Rule::momentum:                   \
+      return name##_momentum(__VA_ARGS__); \
+    case Rule::adam:                       \
+      return name##_adam(__VA_ARGS__);     \
+  }
+
+#define ATO_LOOPS(T)                                                                          \
+  ATO_RULE(none, T)                                                                           \
+  ATO_RULE(sgd, T)                                                                            \
+  ATO_RULE(momentum, T)                                                                       \
+  ATO_RULE(adam, T)                                                                           \
+  void update(Rule rule, const Coefficients& c, const Span<T>& s) {                           \
+    ATO_BY_RULE(update, c, s)                                                                 \
+  }                                                                                           \
+  void update_zz(Rule rule, const Coefficients& c, const Span<T>& s, float* z, Sums& sums) {  \
+    ATO_BY_RULE(update_zz, c, s, z, sums)                                                     \
+  }                                                                                           \
+  void update_zx(Rule rule, const Coefficients& c, const Span<T>& s, float* z, Sums& sums){   \
+      ATO_BY_RULE(update_zx, c, s, z, sums)} ATO_CLONES void combine(T* x, const float* z,    \
+                                                                     float scale, float pull, \
+                                                                     int64_t n) {             \
+    combine_body(x, z, scale, pull, n);                                                       \
+  }                                                                                           \
+  ATO_CLONES double dot(const T* x, const T* y, int64_t n) {                                  \
+    return dot_body(x, y, n);                                                                 \
+  }                                                                                           \
+  ATO_CLONES bool all_zero(const T* x, int64_t n) {                                           \
+    return all_zero_body(x, n);                                                               \
+  }
+
+ATO_LOOPS(float)
+ATO_LOOPS(bf16)
 
 }  // namespace ato::cpu

@@ -1,6 +1,6 @@
-// The inner loops of the CPU kernels over contiguous fp32 spans. Every loop is elementwise or adds
-// into a fixed number of lanes, so its result does not depend on the instruction set chosen at run
-// time nor on the number of threads.
+// The inner loops of the CPU kernels over contiguous spans, T = float or bf16. Every loop is
+// elementwise or adds into a fixed number of lanes, so its result does not depend on the
+// instruction set chosen at run time nor on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -9,20 +9,37 @@
 
 namespace ato::cpu {
 
-// Spans are handled in blocks of this many elements: four streams of it (32 KiB) stay in L1/L2
-// between the update and the sums.
-constexpr int64_t kBlock = 2048;
+// The part of one tensor's buffers that a loop works on; m and v are null where the rule has none.
+template <class T>
+struct Span {
+  T* x;
+  const T* g;
+  float* m;
+  float* v;
+  int64_t n;
+};
 
-void sgd_span(const Coefficients& c, float* p, const float* g, int64_t n);
-void momentum_span(const Coefficients& c, float* p, float* m, const float* g, int64_t n);
-void adam_span(const Coefficients& c, float* p, float* m, float* v, const float* g, int64_t n);
+// x becomes its update.
+void update(Rule rule, const Coefficients& c, const Span<float>& span);
+void update(Rule rule, const Coefficients& c, const Span<bf16>& span);
+
+// z becomes the update of x, which stays; adds to sums.zz.
+void update_zz(Rule rule, const Coefficients& c, const Span<float>& span, float* z, Sums& sums);
+void update_zz(Rule rule, const Coefficients& c, const Span<bf16>& span, float* z, Sums& sums);
+// The same; adds to all sums but zz.
+void update_zx(Rule rule, const Coefficients& c, const Span<float>& span, float* z, Sums& sums);
+void update_zx(Rule rule, const Coefficients& c, const Span<bf16>& span, float* z, Sums& sums);
+
+// x = scale * z - pull * x
+void combine(float* x, const float* z, float scale, float pull, int64_t n);
+void combine(bf16* x, const float* z, float scale, float pull, int64_t n);
 
 // sum of x*y in float64; x and y may be the same span.
 double dot(const float* x, const float* y, int64_t n);
-// z -= pull * x
-void pull_span(float* z, const float* x, float pull, int64_t n);
-void scale_span(float* z, float scale, int64_t n);
-// Stops at the first non-zero element.
+double dot(const bf16* x, const bf16* y, int64_t n);
+
+// Stops at the first block with a non-zero element; -0 counts as zero.
 bool all_zero(const float* x, int64_t n);
+bool all_zero(const bf16* x, int64_t n);
 
 }  // namespace ato::cpu

@@ -10,9 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+TEST_CPP := $(wildcard tests/*/*.cpp tests/*/*.h)
 PY := ato_fast kernels benchmarks tests setup.py
 
-.PHONY: install lint format test test-gpu bench demo clean
+.PHONY: install lint format test test-gpu sanitize bench bench-accuracy demo clean
 
 install: $(STAMP)
 
@@ -27,13 +28,13 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(CPP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) $(TEST_CPP)
 	.ci/banned $(PY) csrc
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
 # Two processes of one thread each: faster than one of two, and they do not fight over the cores.
 test: $(STAMP)
@@ -42,7 +43,16 @@ test: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
 
+# The CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer; part of `test` too.
+sanitize: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_sanitizers.py
+
+# Kernels one by one, under two minutes; python -m benchmarks.run compares them with torch's.
 bench: $(STAMP)
+	$(BIN)/python -m pytest -q benchmarks --benchmark-sort=name \
+	  --benchmark-columns=median,iqr,rounds
+
+bench-accuracy: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy --data digits --model resnet20 --macs 0.5 \
 	  --seeds 0 1 2 --json runs/accuracy.json
 

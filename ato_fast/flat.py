@@ -99,7 +99,13 @@ class FlatParameters:
             RuntimeError: ``model.to()``, ``p.data = ...`` or ``load_state_dict(assign=True)`` moved
                 or replaced a parameter after the optimizer was made.
         """
-        for param, address, name in zip(self.params, self._addresses, self.names, strict=True):
+        addresses = [param.data_ptr() for param in self.params]
+        for param, address, name in zip(
+            self.params if addresses != self._addresses else (),
+            self._addresses,
+            self.names,
+            strict=False,
+        ):
             if param.data_ptr() != address:
                 raise RuntimeError(
                     f"{name}: it no longer lives in the optimizer's flat buffer (expected address "
@@ -122,15 +128,18 @@ class FlatParameters:
         Raises:
             TypeError: a sparse gradient.
         """
-        grads = []
-        for index in range(self.n_updated):
-            grad = self.params[index].grad
+        grads = [param.grad for param in self.params[: self.n_updated]]
+        expected = zip(grads, self.strides, self._absent, strict=False)
+        for index, (grad, strides, absent) in enumerate(expected):
             if grad is None:
-                grads.append(self._absent[index])
-            elif grad.layout is torch.strided and grad.stride() == self.strides[index]:
-                grads.append(grad)
+                grads[index] = absent
             else:
-                grads.append(self._matching(grad, index))
+                try:
+                    if grad.stride() == strides:
+                        continue
+                except RuntimeError:  # a sparse tensor has no strides
+                    pass
+                grads[index] = self._matching(grad, index)
         return grads + self._absent[self.n_updated :]
 
     def _matching(self, grad: Tensor, index: int) -> Tensor:

@@ -153,6 +153,15 @@ ATO_FN float update(float x, float g, float& m, float& v, const Coefficients& c)
 // it by, decoupled decay aside.
 struct Sums {
   double xx = 0.0, zz = 0.0, zx = 0.0, xu = 0.0, uu = 0.0;
+
+  ATO_FN void add(float before, float after, float decay) {
+    const double x = before, z = after, u = decay * before - after;
+    xx += x * x;
+    zz += z * z;
+    zx += z * x;
+    xu += x * u;
+    uu += u * u;
+  }
 };
 
 // Constants of a projection: half-space [eps], DHSPG [eps, amplify, cap].

@@ -85,19 +85,19 @@ ATO_FN float updated(const Coefficients& c, const Span<T>& s, int64_t i) {
   return z;
 }
 
-template <Rule R, class T>
-ATO_FN void update_body(const Coefficients c, const Span<T> s) {
+template <Rule R, class T, class Z>
+ATO_FN void update_body(const Coefficients c, const Span<T> s, Z* z) {
   int64_t i = 0;
   for (; i + kBlock <= s.n; i += kBlock) {
     prefetch_block<R>(s, i + kAhead);
     ATO_NO_ALIAS
     for (int64_t j = i; j < i + kBlock; ++j) {
-      s.x[j] = from_float<T>(updated<R>(c, s, j));
+      z[j] = from_float<Z>(updated<R>(c, s, j));
     }
   }
   ATO_NO_ALIAS
   for (int64_t j = i; j < s.n; ++j) {
-    s.x[j] = from_float<T>(updated<R>(c, s, j));
+    z[j] = from_float<Z>(updated<R>(c, s, j));
   }
 }
 
@@ -223,6 +223,26 @@ ATO_FN void combine_body(T* x, const float* z, float scale, float pull, int64_t 
 }
 
 template <class T>
+ATO_FN void combine_each_body(const Span<T> s, const float* z, const float* scale,
+                              const float* pull) {
+  ATO_NO_ALIAS
+  for (int64_t i = 0; i < s.n; ++i) {
+    const float both = scale[i] * z[i] - pull[i] * to_float(s.x[i]);
+    const float one = scale[i] * z[i];
+    const float value = pull[i] == 0.0f ? one : both;
+    s.x[i] = from_float<T>(scale[i] == 0.0f ? 0.0f : value);
+  }
+  for (float* state : {s.m, s.v}) {
+    if (state != nullptr) {
+      ATO_NO_ALIAS
+      for (int64_t i = 0; i < s.n; ++i) {
+        state[i] = scale[i] == 0.0f ? 0.0f : state[i];
+      }
+    }
+  }
+}
+
+template <class T>
 ATO_FN bool all_zero_body(const T* x, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
@@ -241,7 +261,10 @@ ATO_FN bool all_zero_body(const T* x, int64_t n) {
 
 #define ATO_RULE(R, T)                                                                           \
   ATO_CLONES void update_##R(const Coefficients& c, const Span<T>& s) {                          \
-    update_body<Rule::R>(c, s);                                                                  \
+    update_body<Rule::R>(c, s, s.x);                                                             \
+  }                                                                                              \
+  ATO_CLONES void update_to_##R(const Coefficients& c, const Span<T>& s, float* z) {             \
+    update_body<Rule::R>(c, s, z);                                                               \
   }                                                                                              \
   ATO_CLONES void update_zz_##R(const Coefficients& c, const Span<T>& s, float* z, Sums& sums) { \
     zz_body<Rule::R>(c, s, z, sums);                                                             \
@@ -271,6 +294,9 @@ ATO_FN bool all_zero_body(const T* x, int64_t n) {
   void update(Rule rule, const Coefficients& c, const Span<T>& s) {                           \
     ATO_BY_RULE(update, c, s)                                                                 \
   }                                                                                           \
+  void update_to(Rule rule, const Coefficients& c, const Span<T>& s, float* z) {              \
+    ATO_BY_RULE(update_to, c, s, z)                                                           \
+  }                                                                                           \
   void update_zz(Rule rule, const Coefficients& c, const Span<T>& s, float* z, Sums& sums) {  \
     ATO_BY_RULE(update_zz, c, s, z, sums)                                                     \
   }                                                                                           \
@@ -279,6 +305,10 @@ ATO_FN bool all_zero_body(const T* x, int64_t n) {
                                                                      float scale, float pull, \
                                                                      int64_t n) {             \
     combine_body(x, z, scale, pull, n);                                                       \
+  }                                                                                           \
+  ATO_CLONES void combine_each(const Span<T>& s, const float* z, const float* scale,          \
+                               const float* pull) {                                           \
+    combine_each_body(s, z, scale, pull);                                                     \
   }                                                                                           \
   ATO_CLONES double dot(const T* x, const T* y, int64_t n) {                                  \
     return dot_body(x, y, n);                                                                 \

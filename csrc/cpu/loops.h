@@ -23,7 +23,10 @@ struct Span {
 void update(Rule rule, const Coefficients& c, const Span<float>& span);
 void update(Rule rule, const Coefficients& c, const Span<bf16>& span);
 
-// z becomes the update of x, which stays; adds to sums.zz.
+// z becomes the update of x, which stays.
+void update_to(Rule rule, const Coefficients& c, const Span<float>& span, float* z);
+void update_to(Rule rule, const Coefficients& c, const Span<bf16>& span, float* z);
+// The same; adds to sums.zz.
 void update_zz(Rule rule, const Coefficients& c, const Span<float>& span, float* z, Sums& sums);
 void update_zz(Rule rule, const Coefficients& c, const Span<bf16>& span, float* z, Sums& sums);
 // The same; adds to all sums but zz.
@@ -33,6 +36,11 @@ void update_zx(Rule rule, const Coefficients& c, const Span<bf16>& span, float* 
 // x = scale * z - pull * x
 void combine(float* x, const float* z, float scale, float pull, int64_t n);
 void combine(bf16* x, const float* z, float scale, float pull, int64_t n);
+
+// The same element by element, with scale[i] and pull[i]. Where scale is 0, x and the states become
+// exactly 0; where pull is 0 and scale 1, x becomes z itself.
+void combine_each(const Span<float>& span, const float* z, const float* scale, const float* pull);
+void combine_each(const Span<bf16>& span, const float* z, const float* scale, const float* pull);
 
 // sum of x*y in float64; x and y may be the same span.
 double dot(const float* x, const float* y, int64_t n);

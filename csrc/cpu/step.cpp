@@ -8,7 +8,25 @@
 namespace ato::cpu {
 namespace {
 
-// Calls body(p, segment) with p the segment's buffer in its own type.
+// Channels of at most this many elements, in one piece, are handled for a whole bundle at once.
+constexpr int64_t kShort = 32;
+
+bool is_short(const Segment& segment) {
+  return segment.outer == 1 && segment.inner <= kShort;
+}
+
+// What one thread needs for a bundle with dropped groups.
+struct Workspace {
+  // Updated rows of one channel, and updated short segments of all channels.
+  std::vector<float> row, shorts;
+  std::vector<Sums> sums;
+  // Per channel: what becomes of it.
+  std::vector<float> scale, pull;
+  // One factor per element of a short segment.
+  std::vector<float> scale_each, pull_each;
+};
+
+// Calls body(p, buffers, segment) with p the segment's buffer in its own type.
 template <class Body>
 void typed(const Step& s, const Segment& segment, const Body& body) {
   const Buffers& buffers = s.buffers[segment.buffer];
@@ -29,11 +47,11 @@ Span<T> span_of(const TensorStep& t, T* p, const Buffers& b, const Segment& segm
           b.m != nullptr ? b.m + at : nullptr, b.v != nullptr ? b.v + at : nullptr, n};
 }
 
-// The plain update of channels [first, last).
-void sweep(const Step& s, const Bundle& bundle, int64_t first, int64_t last) {
+// The plain update of channels [first, last), of long segments only or of all.
+void sweep(const Step& s, const Bundle& bundle, int64_t first, int64_t last, bool shorts) {
   for (int64_t k = bundle.segment_begin; k < bundle.segment_end; ++k) {
     const TensorStep& tensor = s.tensors[s.segments[k].tensor];
-    if (tensor.rule == Rule::none) {
+    if (tensor.rule == Rule::none || (!shorts && is_short(s.segments[k]))) {
       continue;
     }
     typed(s, s.segments[k], [&](auto* p, const Buffers& b, const Segment& segment) {
@@ -46,25 +64,81 @@ void sweep(const Step& s, const Bundle& bundle, int64_t first, int64_t last) {
   }
 }
 
-// Calls body(p, buffers, segment, shift) for every contiguous piece of a channel.
+// Calls body(p, buffers, segment, shift) for every contiguous long piece of a channel.
 template <class Body>
-void for_pieces(const Step& s, const Bundle& bundle, int64_t channel, const Body& body) {
+void for_long_pieces(const Step& s, const Bundle& bundle, int64_t channel, const Body& body) {
   for (int64_t k = bundle.segment_begin; k < bundle.segment_end; ++k) {
+    if (is_short(s.segments[k])) {
+      continue;
+    }
     typed(s, s.segments[k], [&](auto* p, const Buffers& b, const Segment& segment) {
       for (int64_t o = 0; o < segment.outer; ++o) {
-        const int64_t shift = channel * segment.inner + o * segment.stride;
-        body(p, b, segment, shift);
+        body(p, b, segment, channel * segment.inner + o * segment.stride);
       }
     });
   }
 }
 
-bool is_zero(const Step& s, const Bundle& bundle, int64_t channel) {
-  bool zero = true;
-  for_pieces(s, bundle, channel,
-             [&](const auto* p, const Buffers&, const Segment& segment, int64_t shift) {
-               zero = zero && all_zero(p + segment.start + shift, segment.inner);
-             });
+// Updates all channels' short segments into w.shorts and adds up the dropped ones.
+void try_shorts(const Step& s, const Bundle& bundle, const bool* keep, Workspace& w) {
+  int64_t size = 0;
+  for (int64_t k = bundle.segment_begin; k < bundle.segment_end; ++k) {
+    size += is_short(s.segments[k]) ? s.segments[k].inner * bundle.n : 0;
+  }
+  w.shorts.resize(std::max<size_t>(w.shorts.size(), size));
+  float* z = w.shorts.data();
+  for (int64_t k = bundle.segment_begin; k < bundle.segment_end; ++k) {
+    if (!is_short(s.segments[k])) {
+      continue;
+    }
+    typed(s, s.segments[k], [&](auto* p, const Buffers& b, const Segment& segment) {
+      const TensorStep& tensor = s.tensors[segment.tensor];
+      const auto span = span_of(tensor, p, b, segment, 0, bundle.n * segment.inner);
+      update_to(tensor.rule, tensor.c, span, z);
+      const float decay = tensor.rule == Rule::none ? 1.0f : tensor.c.decay;
+      for (int64_t c = 0; c < bundle.n; ++c) {
+        for (int64_t i = c * segment.inner; !keep[c] && i < (c + 1) * segment.inner; ++i) {
+          const float x = to_float(span.x[i]);
+          w.sums[c].add(x, z[i], decay);
+        }
+      }
+      z += span.n;
+    });
+  }
+}
+
+// Writes the short segments of all channels.
+void finish_shorts(const Step& s, const Bundle& bundle, Workspace& w) {
+  const float* z = w.shorts.data();
+  for (int64_t k = bundle.segment_begin; k < bundle.segment_end; ++k) {
+    if (!is_short(s.segments[k])) {
+      continue;
+    }
+    typed(s, s.segments[k], [&](auto* p, const Buffers& b, const Segment& segment) {
+      const int64_t inner = segment.inner, n = bundle.n * inner;
+      const float *scale = w.scale.data(), *pull = w.pull.data();
+      if (inner > 1) {
+        w.scale_each.resize(std::max<size_t>(w.scale_each.size(), n));
+        w.pull_each.resize(std::max<size_t>(w.pull_each.size(), n));
+        for (int64_t c = 0; c < bundle.n; ++c) {
+          std::fill_n(w.scale_each.data() + c * inner, inner, scale[c]);
+          std::fill_n(w.pull_each.data() + c * inner, inner, pull[c]);
+        }
+        scale = w.scale_each.data();
+        pull = w.pull_each.data();
+      }
+      combine_each(span_of(s.tensors[segment.tensor], p, b, segment, 0, n), z, scale, pull);
+      z += n;
+    });
+  }
+}
+
+bool is_zero(const Step& s, const Bundle& bundle, int64_t channel, const Sums& shorts) {
+  bool zero = shorts.xx == 0.0;
+  for_long_pieces(s, bundle, channel,
+                  [&](const auto* p, const Buffers&, const Segment& segment, int64_t shift) {
+                    zero = zero && all_zero(p + segment.start + shift, segment.inner);
+                  });
   return zero;
 }
 
@@ -74,74 +148,79 @@ void clear(float* state, int64_t n) {
   }
 }
 
-void drop(const Step& s, const Bundle& bundle, int64_t channel) {
-  for_pieces(s, bundle, channel,
-             [](auto* p, const Buffers& b, const Segment& segment, int64_t shift) {
-               const int64_t at = segment.start + shift;
-               std::memset(p + at, 0, segment.inner * sizeof(*p));
-               if (b.m != nullptr) {
-                 clear(b.m + at, segment.inner);
-               }
-               if (b.v != nullptr) {
-                 clear(b.v + at, segment.inner);
-               }
-             });
+void drop_long(const Step& s, const Bundle& bundle, int64_t channel) {
+  for_long_pieces(s, bundle, channel,
+                  [](auto* p, const Buffers& b, const Segment& segment, int64_t shift) {
+                    const int64_t at = segment.start + shift;
+                    std::memset(p + at, 0, segment.inner * sizeof(*p));
+                    if (b.m != nullptr) {
+                      clear(b.m + at, segment.inner);
+                    }
+                    if (b.v != nullptr) {
+                      clear(b.v + at, segment.inner);
+                    }
+                  });
 }
 
-// Update, sums, decision and projection of one dropped group; `buffer` holds z in between.
-void project(const Step& s, const Bundle& bundle, int64_t channel, std::vector<float>& buffer) {
-  if (is_zero(s, bundle, channel)) {
-    drop(s, bundle, channel);
+// Update, sums, decision and projection of one dropped group, whose short segments are tried.
+void project(const Step& s, const Bundle& bundle, int64_t channel, Workspace& w) {
+  Sums sums = w.sums[channel];
+  w.scale[channel] = w.pull[channel] = 0.0f;
+  if (is_zero(s, bundle, channel, sums)) {
+    drop_long(s, bundle, channel);
     return;
   }
   int64_t size = 0;
   for (int64_t k = bundle.segment_begin; k < bundle.segment_end; ++k) {
-    size += s.segments[k].inner * s.segments[k].outer;
+    size += is_short(s.segments[k]) ? 0 : s.segments[k].inner * s.segments[k].outer;
   }
-  if (static_cast<int64_t>(buffer.size()) < size) {
-    buffer.resize(size);
-  }
-  Sums sums;
-  // Not zero: `decide` asks, and the prox needs no other sum of x.
-  sums.xx = s.projection == kProx ? 1.0 : 0.0;
-  float* z = buffer.data();
-  for_pieces(s, bundle, channel,
-             [&](auto* p, const Buffers& b, const Segment& segment, int64_t shift) {
-               const TensorStep& t = s.tensors[segment.tensor];
-               const auto span = span_of(t, p, b, segment, shift, segment.inner);
-               if (s.projection == kProx) {
-                 update_zz(t.rule, t.c, span, z, sums);
-               } else {
-                 update_zx(t.rule, t.c, span, z, sums);
-               }
-               z += segment.inner;
-             });
+  w.row.resize(std::max<size_t>(w.row.size(), size));
+  float* z = w.row.data();
+  for_long_pieces(s, bundle, channel,
+                  [&](auto* p, const Buffers& b, const Segment& segment, int64_t shift) {
+                    const TensorStep& t = s.tensors[segment.tensor];
+                    const auto span = span_of(t, p, b, segment, shift, segment.inner);
+                    if (s.projection == kProx) {
+                      update_zz(t.rule, t.c, span, z, sums);
+                    } else {
+                      update_zx(t.rule, t.c, span, z, sums);
+                    }
+                    z += segment.inner;
+                  });
+  // `decide` asks whether the group was zero, which it was not; the prox has no sum of long rows.
+  sums.xx = s.projection == kProx ? 1.0 : sums.xx;
   const int64_t group = bundle.group_begin + channel;
   const double threshold =
       group_threshold(s.lr[bundle.hyper], s.strength[group], s.threshold[group]);
   const Decision decision = decide(s.projection, sums, threshold, s.args);
   if (decision.scale == 0.0) {
-    drop(s, bundle, channel);
+    drop_long(s, bundle, channel);
     return;
   }
-  z = buffer.data();
-  for_pieces(s, bundle, channel,
-             [&](auto* p, const Buffers&, const Segment& segment, int64_t shift) {
-               combine(p + segment.start + shift, z, static_cast<float>(decision.scale),
-                       static_cast<float>(decision.pull), segment.inner);
-               z += segment.inner;
-             });
+  w.scale[channel] = static_cast<float>(decision.scale);
+  w.pull[channel] = static_cast<float>(decision.pull);
+  z = w.row.data();
+  for_long_pieces(
+      s, bundle, channel, [&](auto* p, const Buffers&, const Segment& segment, int64_t shift) {
+        combine(p + segment.start + shift, z, w.scale[channel], w.pull[channel], segment.inner);
+        z += segment.inner;
+      });
 }
 
-void run_bundle(const Step& s, const Bundle& bundle, std::vector<float>& buffer) {
-  if (bundle.group_begin < 0 || s.projection == kNone) {
-    sweep(s, bundle, 0, bundle.n);
+void run_bundle(const Step& s, const Bundle& bundle, Workspace& w) {
+  const bool* keep = bundle.group_begin < 0 ? nullptr : s.mask + bundle.group_begin;
+  if (keep == nullptr || s.projection == kNone ||
+      std::all_of(keep, keep + bundle.n, [](bool kept) { return kept; })) {
+    sweep(s, bundle, 0, bundle.n, true);
     return;
   }
-  const bool* keep = s.mask + bundle.group_begin;
+  w.sums.assign(bundle.n, Sums());
+  w.scale.assign(bundle.n, 1.0f);
+  w.pull.assign(bundle.n, 0.0f);
+  try_shorts(s, bundle, keep, w);
   for (int64_t c = 0; c < bundle.n;) {
     if (!keep[c]) {
-      project(s, bundle, c, buffer);
+      project(s, bundle, c, w);
       ++c;
       continue;
     }
@@ -149,8 +228,9 @@ void run_bundle(const Step& s, const Bundle& bundle, std::vector<float>& buffer)
     while (c < bundle.n && keep[c]) {
       ++c;
     }
-    sweep(s, bundle, first, c);
+    sweep(s, bundle, first, c, false);
   }
+  finish_shorts(s, bundle, w);
 }
 
 Rule rule_of(int64_t optimizer, const double* hyper) {
@@ -182,12 +262,12 @@ void prepare(Step& s, const int64_t* tensors, const std::vector<const void*>& gr
 }
 
 void run_units(const Step& s, const int64_t* units, int64_t n_units, std::atomic<int64_t>& next) {
-  std::vector<float> buffer;
+  Workspace workspace;
   // Relaxed: threads share no results. An ordering here would also hide races from ThreadSanitizer.
   const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
   for (int64_t u = take(); u < n_units; u = take()) {
     for (int64_t b = units[u]; b < units[u + 1]; ++b) {
-      run_bundle(s, s.bundles[b], buffer);
+      run_bundle(s, s.bundles[b], workspace);
     }
   }
 }

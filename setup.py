@@ -38,7 +38,8 @@ def sources(folder: str, suffix: str) -> list[str]:
 
 def headers() -> list[str]:
     """Files whose change rebuilds everything."""
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h"))
+    found = (p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
+    return sorted(str(p.relative_to(ROOT)) for p in found)
 
 
 def cpu_extension() -> CppExtension:
@@ -72,7 +73,7 @@ def why_no_cuda() -> str | None:
 
 
 def cuda_extension() -> CUDAExtension:
-    """The CUDA kernels; never fast-math."""
+    """The CUDA kernels; never fast-math, nor contracted: every instantiation rounds alike."""
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     return CUDAExtension(
         "ato_fast._C_cuda",
@@ -81,7 +82,7 @@ def cuda_extension() -> CUDAExtension:
         depends=headers(),
         extra_compile_args={
             "cxx": ["-O3", TARGET, "-DUSE_CUDA"],
-            "nvcc": ["-O3", TARGET, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-fmad=false", TARGET, "-DUSE_CUDA"],
         },
         py_limited_api=True,
     )

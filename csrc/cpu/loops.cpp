@@ -1,6 +1,7 @@
 #include "loops.h"
 
-#include <algorithm>
+#include <cstring>
+#include <initializer_list>
 
 // One build serves every x86-64: the loader picks the widest clone the machine has. Elsewhere, and
 // with compilers that lack the attribute's arch= levels, the plain build is what runs.
@@ -242,19 +243,35 @@ ATO_FN void combine_each_body(const Span<T> s, const float* z, const float* scal
   }
 }
 
+// Bits of x but its sign.
+ATO_FN uint32_t magnitude(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits << 1;
+}
+
+ATO_FN uint32_t magnitude(bf16 x) {
+  return static_cast<uint16_t>(x.bits << 1);
+}
+
 template <class T>
 ATO_FN bool all_zero_body(const T* x, int64_t n) {
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, n);
-    bool any = false;
-    for (int64_t i = begin; i < end; ++i) {
-      any |= !(to_float(x[i]) == 0.0f);
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    prefetch(x + i + kAhead);
+    uint32_t any = 0;
+    for (int64_t j = i; j < i + kBlock; ++j) {
+      any |= magnitude(x[j]);
     }
-    if (any) {
+    if (any != 0) {
       return false;
     }
   }
-  return true;
+  uint32_t any = 0;
+  for (; i < n; ++i) {
+    any |= magnitude(x[i]);
+  }
+  return any == 0;
 }
 
 }  // namespace

@@ -148,11 +148,13 @@ void clear(float* state, int64_t n) {
   }
 }
 
-void drop_long(const Step& s, const Bundle& bundle, int64_t channel) {
+void drop_long(const Step& s, const Bundle& bundle, int64_t channel, bool was_zero) {
   for_long_pieces(s, bundle, channel,
-                  [](auto* p, const Buffers& b, const Segment& segment, int64_t shift) {
+                  [=](auto* p, const Buffers& b, const Segment& segment, int64_t shift) {
                     const int64_t at = segment.start + shift;
-                    std::memset(p + at, 0, segment.inner * sizeof(*p));
+                    if (!was_zero) {
+                      std::memset(p + at, 0, segment.inner * sizeof(*p));
+                    }
                     if (b.m != nullptr) {
                       clear(b.m + at, segment.inner);
                     }
@@ -167,7 +169,7 @@ void project(const Step& s, const Bundle& bundle, int64_t channel, Workspace& w)
   Sums sums = w.sums[channel];
   w.scale[channel] = w.pull[channel] = 0.0f;
   if (is_zero(s, bundle, channel, sums)) {
-    drop_long(s, bundle, channel);
+    drop_long(s, bundle, channel, true);
     return;
   }
   int64_t size = 0;
@@ -194,7 +196,7 @@ void project(const Step& s, const Bundle& bundle, int64_t channel, Workspace& w)
       group_threshold(s.lr[bundle.hyper], s.strength[group], s.threshold[group]);
   const Decision decision = decide(s.projection, sums, threshold, s.args);
   if (decision.scale == 0.0) {
-    drop_long(s, bundle, channel);
+    drop_long(s, bundle, channel, false);
     return;
   }
   w.scale[channel] = static_cast<float>(decision.scale);

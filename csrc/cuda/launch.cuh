@@ -1,5 +1,4 @@
-// What the CUDA kernels share: the argument tables a launch carries by value, and a block-wide sum
-// with a fixed order.
+// What the host functions of the CUDA kernels share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,56 +8,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common.h"
-#include "group_step.h"
+#include "walk.cuh"
 
 namespace ato::cuda {
-
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-// Kernel arguments may take 32,764 bytes (CUDA 12.1 and later): no table is copied to the device,
-// so nothing synchronises and a captured graph owns its arguments.
-constexpr int64_t kMaxTensors = 2048;
-constexpr int64_t kMaxRows = 240;
-
-struct Gradients {
-  // Null where missing.
-  const float* of[kMaxTensors];
-};
-
-// The sum of every thread's value, valid in thread 0; the order depends on kThreads alone.
-__device__ inline double block_sum(double value) {
-  __shared__ double warp_sums[kWarps];
-  for (int shift = 16; shift > 0; shift /= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, shift);
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) {
-    warp_sums[threadIdx.x / 32] = value;
-  }
-  __syncthreads();
-  double total = 0.0;
-  if (threadIdx.x == 0) {
-    for (int w = 0; w < kWarps; ++w) {
-      total += warp_sums[w];
-    }
-  }
-  return total;
-}
-
-// Calls body(shift) for this thread's elements of the chunk; shift counts from the chunk's start.
-template <class Body>
-__device__ __forceinline__ void for_elements(const Chunk& chunk, const Body& body) {
-  if (chunk.outer == 1) {
-    for (int64_t i = threadIdx.x; i < chunk.inner; i += kThreads) {
-      body(i);
-    }
-    return;
-  }
-  const int64_t n = chunk.inner * chunk.outer;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-    body(i / chunk.inner * chunk.stride + i % chunk.inner);
-  }
-}
 
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
@@ -66,14 +18,47 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline Gradients gradient_table(const std::vector<Tensor>& grads) {
+// One block per row of `blocks`. The arguments travel by value: nothing is copied to the device, so
+// nothing synchronises and a captured graph owns them.
+template <class Kernel>
+void launch(Kernel* kernel, int64_t n_blocks, void** arguments, cudaStream_t stream) {
+  STD_TORCH_CHECK(n_blocks < int64_t{1} << 31, "blocks: expected fewer than 2^31 rows, got ",
+                  n_blocks);
+  const dim3 grid(static_cast<unsigned>(n_blocks));
+  STD_CUDA_CHECK(cudaLaunchKernel(kernel, grid, dim3(kThreads), arguments, 0, stream));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Checks and collects what both kernels read. `states` may be null.
+inline Tables tables_of(const std::vector<Tensor>& params, const std::vector<Tensor>* first,
+                        const std::vector<Tensor>* second, const std::vector<Tensor>& grads,
+                        const Tensor& segments, const Tensor& bundles, const Tensor& blocks) {
+  STD_TORCH_CHECK(static_cast<int64_t>(params.size()) <= kMaxBuffers, "params: expected at most ",
+                  kMaxBuffers, " buffers, got ", params.size());
   STD_TORCH_CHECK(static_cast<int64_t>(grads.size()) <= kMaxTensors, "grads: expected at most ",
                   kMaxTensors, " tensors, got ", grads.size());
-  Gradients table = {};
-  for (size_t i = 0; i < grads.size(); ++i) {
-    table.of[i] = grads[i].numel() == 0 ? nullptr : grads[i].const_data_ptr<float>();
+  for (const Tensor* table : {&segments, &bundles, &blocks}) {
+    STD_TORCH_CHECK(table->device() == params[0].device(),
+                    "segments, bundles, blocks: expected the device of params[0] (index ",
+                    params[0].get_device_index(), "), got another (index ",
+                    table->get_device_index(), ")");
   }
-  return table;
+  Tables tables = {};
+  tables.segments = reinterpret_cast<const Segment*>(segments.const_data_ptr<int64_t>());
+  tables.bundles = reinterpret_cast<const Bundle*>(bundles.const_data_ptr<int64_t>());
+  tables.blocks = reinterpret_cast<const Block*>(blocks.const_data_ptr<int64_t>());
+  for (size_t i = 0; i < params.size(); ++i) {
+    Buffer& buffer = tables.buffers[i];
+    buffer.p = params[i].mutable_data_ptr();
+    buffer.m = first == nullptr || first->empty() ? nullptr : (*first)[i].mutable_data_ptr<float>();
+    buffer.v =
+        second == nullptr || second->empty() ? nullptr : (*second)[i].mutable_data_ptr<float>();
+    buffer.is_bf16 = params[i].scalar_type() == ScalarType::BFloat16;
+  }
+  for (size_t i = 0; i < grads.size(); ++i) {
+    tables.grads[i] = grads[i].numel() == 0 ? nullptr : grads[i].const_data_ptr();
+  }
+  return tables;
 }
 
 }  // namespace ato::cuda

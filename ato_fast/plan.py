@@ -31,10 +31,10 @@ TENSOR_COLUMNS = ("buffer", "offset", "numel", "hyper")
 
 MAX_FREE = 1 << 12
 """Most elements of a bundle in no group: a thread block's work (112 KiB of AdamW traffic)."""
-MAX_BUNDLE = 1 << 14
-"""Most elements of a bundle of several groups: its fp32 streams fit a core's L2 cache."""
-UNIT = 1 << 15
-"""Elements per unit: about 1 MiB of AdamW traffic, so that the shared counter costs nothing."""
+MAX_BUNDLE = 1 << 16
+"""Most elements of a bundle of several groups: 1 MiB of fp32 streams, about a core's L2 cache."""
+UNIT = 1 << 16
+"""Elements per unit: about 2 MiB of AdamW traffic, so that the shared counter costs nothing."""
 WARP_CHANNEL = 256
 """Most elements of a channel that one warp handles beside others: 8 per lane."""
 WARPS = 8

@@ -1,14 +1,16 @@
 """Triton kernel of ``ato_fast::group_norms``: sums over the elements of every group.
 
-Per item i (one group): ``sum(x^2)``, and with gradients ``sum(g^2)`` and ``sum(x * g)``.
+Per group ``sum(x^2)``, and with gradients ``sum(g^2)`` and ``sum(x * g)``.
 
-* params: one flat fp32 buffer ``[numel]``; grads: one fp32 tensor per row of ``tensors``, in the
-  parameter's memory order, or empty where missing (counts as zero).
-* chunks int64 ``[n_chunks, 8]``, items int64 ``[n_items, 4]``: see `ato_fast.plan`.
-* Returns float64 ``[n_items, 1 or 3]``.
+* params: one or two flat buffers, fp32 and bf16; grads: one per row of ``tensors``, of the
+  parameter's dtype and memory order, or empty where missing (counts as zero).
+* segments int64 ``[n_segments, 8]``, bundles int64 ``[n_bundles, 5]``, blocks int64
+  ``[n_blocks, 3]``: see `ato_fast.plan`.
+* Returns float64 ``[n_groups, 1 or 3]``; 0 for groups without parameters.
 
-Reads 4 bytes per element (8 with gradients), writes 8 bytes per item and column. One program per
-item adds its chunks in order and its lanes in one fixed tree, in float64: deterministic.
+Reads 4 bytes per fp32 element of a group (8 with gradients), half of that for bf16; writes 8 bytes
+per group and column. The program of a block adds its segments in order and its lanes in one fixed
+tree, in float64: deterministic.
 """
 
 from __future__ import annotations
@@ -22,87 +24,104 @@ from torch import Tensor
 
 from ato_fast.backend import register_triton
 
-BLOCK = 1024
-"""Elements per load: a row of a 3x3 convolution on 64 channels is 576, on 512 channels 4608."""
-NUM_WARPS = 4
+from .common import (
+    CHANNELS,
+    OPTIONS,
+    block_size,
+    channel_sum,
+    check_params,
+    device_tables,
+    elements,
+    gradient_addresses,
+    load_fp32,
+    load_gradient,
+    only_if,
+    places,
+    pointer_pair,
+)
 
 
 @triton.jit
 def _group_norms_kernel(
-    params_ptr, grad_table_ptr, chunks_ptr, items_ptr, out_ptr,
-    WITH_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+    near_ptr, far_ptr, addresses_ptr, segments_ptr, bundles_ptr, blocks_ptr, out_ptr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    item = tl.program_id(0).to(tl.int64)
-    first = tl.load(items_ptr + item * 4)
-    last = tl.load(items_ptr + item * 4 + 1)
-    lane = tl.arange(0, BLOCK).to(tl.int64)
-    xx = tl.zeros([BLOCK], dtype=tl.float64)
-    gg = tl.zeros([BLOCK], dtype=tl.float64)
-    xg = tl.zeros([BLOCK], dtype=tl.float64)
-    for k in range(first, last):
-        row_ptr = chunks_ptr + k * 8
-        start = tl.load(row_ptr + 3)
-        inner = tl.load(row_ptr + 5)
-        n = inner * tl.load(row_ptr + 6)
-        stride = tl.load(row_ptr + 7)
-        if WITH_GRADS:
-            address = tl.load(grad_table_ptr + tl.load(row_ptr))
-            grad_ptr = address.to(tl.pointer_type(tl.float32)) + tl.load(row_ptr + 4)
-            # A missing gradient has address 0 and no elements.
-            n_grad = tl.where(address != 0, n, 0)
-        for begin in range(0, n, BLOCK):
-            i = begin + lane
-            shift = i // inner * stride + i % inner
-            x = tl.load(params_ptr + start + shift, mask=i < n, other=0.0).to(tl.float64)
-            xx += x * x
-            if WITH_GRADS:
-                g = tl.load(grad_ptr + shift, mask=i < n_grad, other=0.0).to(tl.float64)
-                gg += g * g
-                xg += x * g
-    if WITH_GRADS:
-        tl.store(out_ptr + item * 3, tl.sum(xx))
-        tl.store(out_ptr + item * 3 + 1, tl.sum(gg))
-        tl.store(out_ptr + item * 3 + 2, tl.sum(xg))
-    else:
-        tl.store(out_ptr + item, tl.sum(xx))
+    block_ptr = blocks_ptr + tl.program_id(0).to(tl.int64) * 3
+    bundle_ptr = bundles_ptr + tl.load(block_ptr) * 5
+    group_begin = tl.load(bundle_ptr + 2)
+    if group_begin >= 0:
+        first = tl.load(block_ptr + 1)
+        place, channel, visited = places(tl.load(block_ptr + 2), CHANNELS, BLOCK)
+        params = (near_ptr, far_ptr)
+        xx = tl.full(place[1].shape, 0.0, tl.float64)
+        gg = tl.full(place[1].shape, 0.0, tl.float64)
+        xg = tl.full(place[1].shape, 0.0, tl.float64)
+        # Not `for`: the interpreter of triton 3.6 cannot take loaded bounds with numpy 2.4.
+        k = tl.load(bundle_ptr)
+        end = tl.load(bundle_ptr + 1)
+        while k < end:
+            segment_ptr = segments_ptr + k * 8
+            buffer = tl.load(segment_ptr + 1)
+            start = tl.load(segment_ptr + 3)
+            grad_start = tl.load(segment_ptr + 4)
+            inner = tl.load(segment_ptr + 5)
+            outer = tl.load(segment_ptr + 6)
+            stride = tl.load(segment_ptr + 7)
+            shift = first * inner
+            begin = tl.cast(0, tl.int64)
+            while begin < inner * outer:
+                base, distance, inside, reach = elements(begin, place, inner, outer, stride)
+                base += shift
+                inside &= visited[None, :, None]
+                x = load_fp32(params, buffer, start + base, distance, inside).to(tl.float64)
+                xx = tl.fma(x, x, xx)
+                if addresses_ptr is not None:
+                    address = tl.load(addresses_ptr + tl.load(segment_ptr))
+                    has_grad = only_if(address, inside)
+                    g = load_gradient(
+                        params, address, buffer, grad_start + base, distance, has_grad
+                    ).to(tl.float64)
+                    gg = tl.fma(g, g, gg)
+                    xg = tl.fma(x, g, xg)
+                begin += reach
+            k += 1
+        group = group_begin + first + channel
+        if addresses_ptr is None:
+            tl.store(out_ptr + group, channel_sum(xx, place), mask=visited)
+        else:
+            tl.store(out_ptr + group * 3, channel_sum(xx, place), mask=visited)
+            tl.store(out_ptr + group * 3 + 1, channel_sum(gg, place), mask=visited)
+            tl.store(out_ptr + group * 3 + 2, channel_sum(xg, place), mask=visited)
 
 
 def group_norms_triton(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     tensors: Tensor,
-    chunks: Tensor,
-    items: Tensor,
-    n_slots: int,
-    n_projected: int,
+    segments: Tensor,
+    bundles: Tensor,
+    blocks: Tensor,
+    n_groups: int,
 ) -> Tensor:
     """Launch the kernel; arguments and result as `ato_fast.ops.group_norms`.
 
     Raises:
-        ValueError: more than one buffer, or a gradient that is not fp32 on the buffer's device.
+        ValueError: buffers other than fp32 and bf16, or a gradient of another dtype, device or size
+            than its parameter.
     """
-    if len(params) != 1:
-        raise ValueError(f"params: expected one float32 buffer, got {len(params)}")
-    buffer = params[0]
-    for index, (grad, row) in enumerate(zip(grads, tensors.tolist(), strict=bool(grads))):
-        if grad.dtype != torch.float32 or grad.device != buffer.device:
-            raise ValueError(
-                f"grads[{index}]: expected float32 on {buffer.device}, "
-                f"got {grad.dtype} on {grad.device}"
-            )
-        if grad.numel() not in (0, row[2]):
-            raise ValueError(
-                f"grads[{index}]: expected {row[2]} elements or none, got {grad.numel()}"
-            )
-    out = torch.empty(len(items), 3 if grads else 1, dtype=torch.float64, device=buffer.device)
-    if not len(items):
+    check_params(params)
+    device = params[0].device
+    out = torch.zeros(n_groups, 3 if grads else 1, dtype=torch.float64, device=device)
+    if not len(blocks):
         return out
-    addresses = [grad.data_ptr() if grad.numel() else 0 for grad in grads] or [0]
-    table = torch.tensor(addresses, dtype=torch.int64, device=buffer.device)
-    with torch.cuda.device_of(buffer):
-        _group_norms_kernel[(len(items),)](
-            buffer, table, chunks, items, out,
-            WITH_GRADS=bool(grads), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+    with torch.cuda.device_of(params[0]):
+        addresses = None
+        if grads:
+            found = gradient_addresses(grads, tensors.tolist(), params)
+            (addresses,) = device_tables([found], [], device)
+        _group_norms_kernel[(len(blocks),)](
+            *pointer_pair(params), addresses, segments, bundles, blocks, out,
+            CHANNELS=CHANNELS, BLOCK=block_size(params), **OPTIONS,
         )  # fmt: skip
     return out
 

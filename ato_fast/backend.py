@@ -140,11 +140,21 @@ def implementation(
 
 
 def report() -> str:
-    """Readable table: every backend and, where it is not ready, why."""
+    """Readable table: what serves each op by device, and every backend that cannot and why."""
     lines = [f"{VARIABLE}={requested()}"]
+    dtypes = [torch.float32]
+    for device in ("cpu", "cuda"):
+        absent = device == "cuda" and not torch.cuda.is_available()
+        for op in OPS:
+            try:
+                served = serving(op, torch.device(device), dtypes)
+            except BackendError as error:
+                served = str(error)
+            note = " (no CUDA device here)" if absent else ""
+            lines.append(f"  {device} tensors, {op:<12} {served}{note}")
     for name, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):
         for op in OPS:
-            reason = why_not(name, op, torch.device(device), [torch.float32])
+            reason = why_not(name, op, torch.device(device), dtypes)
             lines.append(f"  {name:<9} {op:<12} {reason or 'ready'}")
     return "\n".join(lines)
 
@@ -154,7 +164,7 @@ def _load_triton() -> str | None:
     """Import the Triton kernels, which register themselves; why not, if that fails."""
     try:
         from . import kernels  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # another version of Triton may fail in any way
         return f"the Triton kernels do not import: {error}"
     return None
 

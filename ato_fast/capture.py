@@ -17,6 +17,23 @@ class TraceError(ValueError):
     """The model could not be captured; the message names the line of the model's code."""
 
 
+def check_plain(model: object) -> None:
+    """Check that ``model`` is a module and no wrapper, which would change the parameters' names.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrapped = "module" if isinstance(model, wrappers) else "_orig_mod"
+    if isinstance(getattr(model, wrapped, None), nn.Module):
+        raise TypeError(
+            f"model: expected the plain module, got it wrapped in {type(model).__name__}; "
+            f"pass model.{wrapped} and wrap afterwards"
+        )
+
+
 @contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Train or eval mode for the whole model, and back to each module's own."""

@@ -242,7 +242,7 @@ class FlatParameters:
         """Hyperparameter row per group: that of the tensor with its first slice (rows first)."""
         rows = np.zeros(self.layout.n_groups, dtype=np.int64)
         for param, _, groups in reversed(sliced):
-            if param in hyper_of:
+            if param in hyper_of and param.numel():
                 rows[groups[groups >= 0]] = hyper_of[param]
         return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import backend, ops
+from .capture import check_plain
 from .flat import FlatParameters
 from .groups import GroupLayout
 from .projection import Projection, check_projection
@@ -17,6 +19,7 @@ from .reference import ADAMW, NO_PROJECTION
 
 EXTRA_KEY = "ato"
 """Key of `state_dict` with what torch.optim does not know."""
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class GroupOptimizer(torch.optim.Optimizer):
@@ -36,8 +39,8 @@ class GroupOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         projection: Projection | None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        check_plain(model)
+        backend.requested()
         if not isinstance(layout, GroupLayout):
             raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
         self.projection = check_projection(projection)
@@ -46,6 +49,7 @@ class GroupOptimizer(torch.optim.Optimizer):
         self._fixed = False
         super().__init__(params, defaults)
         self._fixed = True
+        self._required = frozenset(self.defaults) - {"decoupled_weight_decay"}
         for group in self.param_groups:
             self._check_group(group)
         self.layout = layout
@@ -60,6 +64,9 @@ class GroupOptimizer(torch.optim.Optimizer):
         self._strength = torch.zeros(layout.n_groups, device=device)
         self._threshold = torch.zeros(layout.n_groups, device=device)
         self._no_lr = torch.empty(0, device=device)
+        on_cpu = device.type == "cpu"
+        self._rate_dtypes = (torch.float32, torch.float64) if on_cpu else (torch.float32,)
+        self._n_rows = len(self.param_groups)
         self._prepare_state()
         # The op mutates buffers that the compiled graph's own inputs view, which it refuses.
         self._launch = torch.compiler.disable(_launch)
@@ -199,12 +206,18 @@ class GroupOptimizer(torch.optim.Optimizer):
         if not self._first and self._needs_first():
             self._prepare_state()
         flat, plan = self.flat, self.flat.plan
+        if len(self.param_groups) != self._n_rows:
+            raise RuntimeError(
+                f"param_groups: expected the {self._n_rows} groups this optimizer was made with, "
+                f"got {len(self.param_groups)}; make a new optimizer"
+            )
         hyper: list[float] = []
         rates: list[Tensor] = []
         for group in self.param_groups:
             lr = group["lr"]
             if isinstance(lr, Tensor):
-                rates.append(lr.to(flat.device, non_blocking=True))
+                dtype = lr.dtype if lr.dtype in self._rate_dtypes else torch.float32
+                rates.append(lr.to(flat.device, dtype, non_blocking=True))
                 lr = 0.0
             else:
                 rates.append(self._no_lr)
@@ -263,7 +276,7 @@ class GroupOptimizer(torch.optim.Optimizer):
         extra = state_dict.get(EXTRA_KEY)
         values = self._matched_state(groups, state_dict["state"])
         for group in groups:
-            missing = sorted(self.defaults.keys() - group.keys())
+            missing = sorted(self._required - group.keys())
             if missing:
                 raise ValueError(
                     f"state_dict: expected {type(self).__name__}'s, "
@@ -281,7 +294,9 @@ class GroupOptimizer(torch.optim.Optimizer):
             self._check_extra(extra)
         plain = {k: v for k, v in state_dict.items() if k != EXTRA_KEY}
         super().load_state_dict({**plain, "state": {}})
-        self._step_counts.zero_()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
         self._prepare_state()
         for index, views in enumerate(self.state[p] for p in self.flat.params[: len(values)]):
             for key, view in views.items():
@@ -341,7 +356,14 @@ class GroupOptimizer(torch.optim.Optimizer):
                             f"got {tuple(value.shape)}"
                         )
                     if isinstance(value, (int, float)):
-                        entry[field] = torch.tensor(float(value))
+                        value = torch.tensor(float(value))
+                    if not isinstance(value, Tensor):
+                        raise ValueError(
+                            f"state_dict: {name}, {field}: expected a tensor or a number, "
+                            f"got {value!r}"
+                        )
+                    # A copy: the dictionary may be this optimizer's own, whose states are views.
+                    entry[field] = value.detach().clone()
                 values.append(entry)
         return values
 
@@ -376,4 +398,6 @@ def _per_group(value: float | Tensor, like: Tensor, name: str) -> float | Tensor
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"{name}: expected a number >= 0 or a tensor, got {value!r}")
+    if FLOAT32_MAX < value < math.inf:
+        raise ValueError(f"{name}: expected inf or a number that float32 holds, got {value!r}")
     return float(value)

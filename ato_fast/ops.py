@@ -140,6 +140,8 @@ def group_step_(
         )
     if len(hyper) % len(HYPER_COLUMNS):
         raise ValueError(f"hyper: expected rows of {len(HYPER_COLUMNS)}, got {len(hyper)} values")
+    if len(bundles) and not units.numel():
+        raise ValueError("units: expected at least one bound, got none")
     run = backend.implementation("group_step_", params[0].device, [p.dtype for p in params])
     run(
         params, first, second, step, scratch, grads, tensors, segments, bundles, units, blocks,

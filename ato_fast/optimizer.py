@@ -123,7 +123,14 @@ class Adam(GroupOptimizer):
         projection: Projection | None = Prox(),  # noqa: B008  (frozen dataclass)
         params: Iterable[Mapping[str, Any]] | Iterable[nn.Parameter] | None = None,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            # As torch.optim's Adam and AdamW, which share all else, tell their states apart.
+            "decoupled_weight_decay": self._code == ADAMW,
+        }
         super().__init__(model, layout, params, defaults, projection)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
@@ -142,6 +149,11 @@ class Adam(GroupOptimizer):
 
     def _needs_first(self) -> bool:
         return True
+
+    def _complete(self, entry: dict[str, Any]) -> None:
+        missing = sorted({"step", "exp_avg", "exp_avg_sq"} - entry.keys())
+        if entry and missing:
+            raise ValueError(f"state_dict: an entry of its state lacks {', '.join(missing)}")
 
     def _prepare_state(self) -> None:
         if not self._second:

@@ -96,7 +96,7 @@ def build_plan(
     free = _split(runs[runs[:, 5] < 0], max_free)
     owned = runs[runs[:, 5] >= 0]
     owned = owned[np.lexsort((owned[:, 1], owned[:, 0], owned[:, 5]))]
-    heads, n_channels, segment_counts = _bundled(owned, max_bundle)
+    heads, n_channels, segment_counts = _bundled(owned, group_hyper, max_bundle)
 
     # One row of `runs` per segment: those of each bundle's first group, then the free ones.
     counts = np.concatenate([segment_counts, np.ones(len(free), dtype=np.int64)])
@@ -153,11 +153,13 @@ def _runs(axis: Axis) -> np.ndarray:
     return runs
 
 
-def _bundled(owned: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _bundled(
+    owned: np.ndarray, group_hyper: np.ndarray, limit: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First run, number of groups and runs per group of every bundle.
 
     ``owned`` is sorted by group, tensor and start. Neighbouring groups share a bundle where each
-    piece of one directly follows the same piece of the other.
+    piece of one directly follows the same piece of the other, if one lr serves both.
     """
     if not len(owned):
         empty = np.empty(0, dtype=np.int64)
@@ -176,6 +178,7 @@ def _bundled(owned: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.
     continues = np.logical_and.reduceat(same & follows & (back >= 0), begins)
     continues[0] = False
     continues[1:] &= (counts[1:] == counts[:-1]) & (np.diff(group) == 1)
+    continues[1:] &= np.diff(group_hyper[group]) == 0
 
     chain = np.flatnonzero(~continues)
     position = np.arange(len(begins)) - np.repeat(chain, np.diff(chain, append=len(begins)))

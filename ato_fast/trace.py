@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import rules
 from .assemble import assemble
-from .capture import TraceError, capture
+from .capture import TraceError, capture, check_plain
 from .groups import GroupLayout, MacTerm
 from .labels import Labels, Value
 from .verify import culprits, tensors
@@ -63,15 +63,7 @@ def trace(
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    wrapped = "module" if isinstance(model, wrappers) else "_orig_mod"
-    if isinstance(getattr(model, wrapped, None), nn.Module):
-        raise TypeError(
-            f"model: expected the plain module, got it wrapped in {type(model).__name__}; "
-            f"trace model.{wrapped} and wrap afterwards"
-        )
+    check_plain(model)
     if not isinstance(example_inputs, tuple | list):
         raise TypeError(
             f"example_inputs: expected a tuple of forward arguments such as (x,), "

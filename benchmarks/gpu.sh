@@ -7,7 +7,7 @@
 #                                   benchmarks/results
 #   LIMIT=520                       seconds for everything; every part has its own limit besides
 #   PYTHON=python3                  the interpreter that has torch
-#   BUILD=DIR                       where to build; default build/gpu
+#   BUILD=DIR                       where to build, in its folder ato_fast-gpu; default build
 #   ATO_FAST_COMMIT=SHA             commit to record where there is no .git
 #
 # A part that fails does not keep later ones from running. Exit status: 0 all passed, 1 a part
@@ -49,7 +49,7 @@ say() { echo "$*" | tee -a "$summary"; }
 
 # A copy, because the package's kernels/ lies beside ato_fast/ and nothing is installed here. It is
 # kept, so that a second run builds only what changed.
-copy=${BUILD:-build/gpu}
+copy=${BUILD:-build}/ato_fast-gpu
 mkdir -p "$copy" || die "cannot write to $copy"
 copy=$(cd "$copy" && pwd)
 find "$copy" -path "$copy/build" -prune -o -name '*.py' -exec rm -f {} +
@@ -128,6 +128,8 @@ run=("$python" -m benchmarks.run --device cuda --layouts stored)
 sanitize=("${cuda[@]}" PYTHONPATH=tests PYTORCH_NO_CUDA_MEMORY_CACHING=1
   "${sanitizer:-compute-sanitizer}" --error-exitcode 9)
 
+# Nothing may be measured with the libraries of an earlier build.
+[[ $wanted == *" build "* && $skip != *" build "* ]] && rm -f "$copy"/ato_fast/*.so
 part build 150 env FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" \
   "$python" setup.py -q build_ext --inplace
 part test 100 "$python" -m pytest -q -m gpu -p no:cacheprovider \

@@ -49,6 +49,35 @@ inline void check_tables(const Tensor& tensors, const Tensor& segments, const Te
   check_table(blocks, "blocks", kBlockColumns);
 }
 
+// The host table: every tensor inside its buffer, every row of `hyper` there.
+inline void check_rows(const Tensor& tensors, const std::vector<Tensor>& params, int64_t n_rows) {
+  const int64_t* row = tensors.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < tensors.sizes()[0]; ++t, row += kTensorColumns) {
+    STD_TORCH_CHECK(row[kBuffer] >= 0 && row[kBuffer] < static_cast<int64_t>(params.size()),
+                    "tensors[", t, "]: expected one of ", params.size(), " buffer(s), got ",
+                    row[kBuffer]);
+    STD_TORCH_CHECK(row[kOffset] >= 0 && row[kNumel] >= 0 &&
+                        row[kNumel] <= params[row[kBuffer]].numel() - row[kOffset],
+                    "tensors[", t, "]: expected a place in a buffer of ",
+                    params[row[kBuffer]].numel(), " elements, got ", row[kNumel], " at ",
+                    row[kOffset]);
+    STD_TORCH_CHECK(row[kHyperRow] >= 0 && row[kHyperRow] < n_rows, "tensors[", t,
+                    "]: expected one of ", n_rows, " row(s) of hyper, got ", row[kHyperRow]);
+  }
+}
+
+// Tables the host can read: bundles within the groups, units over all bundles.
+inline void check_bundles(const Tensor& bundles, int64_t n_groups, int64_t n_rows) {
+  const Bundle* bundle = reinterpret_cast<const Bundle*>(bundles.const_data_ptr<int64_t>());
+  for (int64_t b = 0; b < bundles.sizes()[0]; ++b, ++bundle) {
+    STD_TORCH_CHECK(bundle->group_begin + bundle->n <= n_groups || bundle->group_begin < 0,
+                    "bundles[", b, "]: expected groups below ", n_groups, ", got ", bundle->n,
+                    " from ", bundle->group_begin);
+    STD_TORCH_CHECK(bundle->hyper >= 0 && bundle->hyper < n_rows, "bundles[", b,
+                    "]: expected one of ", n_rows, " row(s) of hyper, got ", bundle->hyper);
+  }
+}
+
 // Parameters: one flat buffer per dtype.
 inline void check_params(const std::vector<Tensor>& params) {
   for (size_t i = 0; i < params.size(); ++i) {

@@ -152,6 +152,10 @@ def test_the_wrapper_refuses(name, value, message, arguments):
         ("step", lambda v: v.double(), r"step\[0\]: expected dtype"),
         ("segments", lambda v: v.int(), "segments: expected int64"),
         ("units", lambda v: v.int(), "units: expected int64"),
+        ("units", lambda v: v[:-1], r"units: expected bounds over \d+ bundles"),
+        ("hyper", lambda v: [], r"tensors\[0\]: expected one of 0 row\(s\) of hyper"),
+        ("tensors", lambda v: v + torch.tensor([9, 0, 0, 0]), r"expected one of 1 buffer\(s\)"),
+        ("tensors", lambda v: v + torch.tensor([0, 1 << 40, 0, 0]), "expected a place in a buffer"),
         (
             "grads",
             lambda v: [*v[:-1], torch.ones(5)],

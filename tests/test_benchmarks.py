@@ -382,5 +382,5 @@ def test_the_gpu_script_goes_on_after_a_failure_and_says_so(tmp_path):
     assert "FAILED," in outcome
     log = (out / "gpu-log.txt").read_text()
     assert "built for 9.0, FORCE_CUDA=1" in log and "backend cuda" in log
-    copied = tmp_path / "b" / "ato_fast"
+    copied = tmp_path / "b" / "ato_fast-gpu" / "ato_fast"
     assert (copied / "kernels" / "__init__.py").exists() and not list(copied.glob("*.so"))

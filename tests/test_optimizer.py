@@ -335,3 +335,54 @@ def test_set_mask_keeps_strength_and_set_strength_works_in_place(served):
     ours.set_mask(None)
     assert ours.mask.all() and ours._mask.all()
     assert addresses == [getattr(ours, name).data_ptr() for name in tables]  # a captured graph's
+
+
+def test_a_state_dict_loads_any_number_of_times_even_the_own_live_one(served):
+    model, ours = make(REAL[-1])
+    for step in range(3):
+        set_grads(model, step)
+        ours.step()
+    before = snapshot(model, ours)
+    saved = copy.deepcopy(ours.state_dict())
+    for state in (ours.state_dict(), saved, saved, ours.state_dict()):
+        ours.load_state_dict(state)
+        for name, value in snapshot(model, ours).items():
+            assert_same_bits(value, before[name], name)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_adams_state_is_not_adamws(back):
+    pair = [cls(m := every_layout(), layout_of(m)) for cls in (Adam, AdamW)]
+    source, target = reversed(pair) if back else pair
+    for param in source.flat.params:
+        param.grad = torch.ones_like(param)
+    source.step()
+    with pytest.raises(ValueError, match="coupled weight decay"):
+        target.load_state_dict(source.state_dict())
+    assert not any(target._step_counts)
+
+
+@pytest.mark.parametrize("spoil", [lambda e: e.pop("exp_avg_sq"), lambda e: e.update(exp_avg="x")])
+def test_a_spoilt_entry_changes_nothing(spoil):
+    model = every_layout()
+    ours = AdamW(model, layout_of(model), lr=0.5)
+    set_grads(model, 0)
+    ours.step()
+    saved = copy.deepcopy(ours.state_dict())
+    saved["param_groups"][0]["lr"] = 0.1
+    spoil(next(entry for entry in saved["state"].values() if entry["exp_avg"].numel()))
+    with pytest.raises(ValueError, match="state_dict"):
+        ours.load_state_dict(saved)
+    assert ours.param_groups[0]["lr"] == 0.5 and ours._step_counts.max() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_lr_may_be_a_tensor_of_any_floating_dtype(dtype, served):
+    results = []
+    for lr in (torch.tensor(0.25, dtype=dtype), 0.25):
+        model = every_layout()
+        ours = AdamW(model, layout_of(model), lr=lr)
+        set_grads(model, 0)
+        ours.step()
+        results.append(model.odd.weight.detach())
+    torch.testing.assert_close(*results)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ato_fast import SGD, AdamW, HalfSpace, Prox
+from ato_fast import SGD, AdamW, HalfSpace, Prox, backend
 from ato_fast.groups import Gate, GroupLayout, Slice
 from numerics import assert_same_bits
 from samples import (
@@ -96,7 +96,7 @@ def test_bad_projections_models_and_layouts():
     for eps in (-0.1, 1.0, math.nan, "0"):
         with pytest.raises(ValueError, match="eps: expected a number"):
             HalfSpace(eps)
-    with pytest.raises(TypeError, match="model: expected an nn.Module"):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module"):
         SGD([1], layout)
     with pytest.raises(TypeError, match="layout: expected a GroupLayout"):
         SGD(model, None)
@@ -205,3 +205,38 @@ def test_a_model_without_parameters_steps():
     model = nn.Module()
     model.p = nn.Parameter(torch.empty(0))
     SGD(model, GroupLayout((), (), {"p": (0,)}, ("p",), ())).step()
+
+
+def test_a_wrapped_model_is_refused_as_trace_refuses_it():
+    model = every_layout()
+    with pytest.raises(TypeError, match="wrapped in OptimizedModule; pass model._orig_mod"):
+        SGD(torch.compile(model, backend="eager"), layout_of(model))
+
+
+def test_param_groups_cannot_come_or_go():
+    model = every_layout()
+    odd = [model.odd.weight, model.odd.bias]
+    rest = [p for p in model.parameters() if all(p is not q for q in odd)]
+    optimizer = AdamW(model, layout_of(model), params=[{"params": odd}, {"params": rest}])
+    del optimizer.param_groups[0]
+    before = model.odd.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="param_groups: expected the 2 groups"):
+        optimizer.step()
+    assert torch.equal(model.odd.weight, before)
+
+
+def test_an_unknown_backend_is_refused_when_the_optimizer_is_made(monkeypatch):
+    model = every_layout()
+    monkeypatch.setenv(backend.VARIABLE, "tirton")
+    with pytest.raises(backend.BackendError, match="got 'tirton'"):
+        AdamW(model, layout_of(model))
+
+
+@pytest.mark.parametrize("value", [1e39, -1.0, float("nan")])
+def test_a_bad_threshold_leaves_strength_and_mask_alone(value):
+    model = every_layout()
+    layout = layout_of(model)
+    optimizer = AdamW(model, layout)
+    with pytest.raises(ValueError, match="threshold: expected"):
+        optimizer.set_mask(torch.zeros(layout.n_groups), 2.0, threshold=value)
+    assert optimizer.mask.all() and not optimizer._strength.any()

@@ -129,6 +129,12 @@ def test_a_group_takes_the_lr_of_its_first_row():
         assert optimizer.flat.table[index, 3] == (0 if name.startswith("norm") else 1)
 
 
+def test_groups_of_different_lr_share_no_bundle():
+    table = np.array([[0, 0, 12, 0]])
+    plan = build_plan(table, [Axis(0, 3, 1, np.arange(4))], np.array([1, 1, 0, 1]), CPU)
+    assert plan.bundles[:, 2:].tolist() == [[0, 2, 1], [2, 1, 0], [3, 1, 1]]
+
+
 def test_no_groups_and_no_parameters():
     plan = build_plan(np.empty((0, 4), dtype=np.int64), [], np.empty(0, dtype=np.int64), CPU)
     assert plan.segments.shape == (0, 8) and plan.bundles.shape == (0, 5)

@@ -8,17 +8,6 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from triton_small import (
-    BARE,
-    BY_NAME,
-    bf16,
-    check_step,
-    cloned,
-    drop_some,
-    small,
-    small_layout,
-    some_bf16,
-)
 
 from ato_fast import DHSPG, HalfSpace, Prox, backend, ops
 from ato_fast.kernels import common
@@ -33,6 +22,17 @@ from samples import (
     random_mask,
     set_grads,
     snapshot,
+)
+from triton_small import (
+    BARE,
+    BY_NAME,
+    bf16,
+    check_step,
+    cloned,
+    drop_some,
+    small,
+    small_layout,
+    some_bf16,
 )
 
 

@@ -280,7 +280,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # What it logs about a model that cannot be captured is in the error we raise.
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.CRITICAL)
+    from ..backend import BackendError, requested
+
     try:
+        with _refusing(BackendError):
+            requested()
         return arguments.run(arguments)
     except BadInput as error:
         print(f"ato-fast: error: {error}", file=sys.stderr)

@@ -31,6 +31,8 @@ Tensor group_norms(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor
   STD_TORCH_CHECK(!params.empty(), "params: expected at least one buffer, got none");
   check_tables(tensors, segments, bundles, blocks);
   check_params(params);
+  check_rows(tensors, params, INT64_MAX);
+  check_bundles(bundles, n_groups, INT64_MAX);
   if (!grads.empty()) {
     check_grads(grads, tensors, params);
   }

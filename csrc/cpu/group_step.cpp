@@ -49,9 +49,13 @@ void group_step_(std::vector<Tensor> params, std::vector<Tensor> first, std::vec
   const int64_t n_tensors = tensors.sizes()[0];
   STD_TORCH_CHECK(step.numel() == n_tensors, "step: expected ", n_tensors, " elements, got ",
                   step.numel());
-  check_grads(grads, tensors, params);
-
   const int64_t n_rows = static_cast<int64_t>(hyper.size()) / kHyperColumns;
+  check_rows(tensors, params, n_rows);
+  check_grads(grads, tensors, params);
+  check_bundles(bundles, mask.numel(), n_rows);
+  STD_TORCH_CHECK(
+      units.numel() > 0 && units.const_data_ptr<int64_t>()[units.numel() - 1] == bundles.sizes()[0],
+      "units: expected bounds over ", bundles.sizes()[0], " bundles");
   Step s;
   for (size_t i = 0; i < params.size(); ++i) {
     s.buffers.push_back({params[i].mutable_data_ptr(),

@@ -8,12 +8,10 @@
 namespace ato::cpu {
 namespace {
 
-// Channels of at most this many elements, in one piece, are handled for a whole bundle at once.
+// Channels with pieces of at most this many elements are handled for a whole bundle at once.
 constexpr int64_t kShort = 32;
 
-bool is_short(const Segment& segment) {
-  return segment.outer == 1 && segment.inner <= kShort;
-}
+bool is_short(const Segment& segment) { return segment.inner <= kShort; }
 
 // What one thread needs for a bundle with dropped groups.
 struct Workspace {
@@ -83,7 +81,7 @@ void for_long_pieces(const Step& s, const Bundle& bundle, int64_t channel, const
 void try_shorts(const Step& s, const Bundle& bundle, const bool* keep, Workspace& w) {
   int64_t size = 0;
   for (int64_t k = bundle.segment_begin; k < bundle.segment_end; ++k) {
-    size += is_short(s.segments[k]) ? s.segments[k].inner * bundle.n : 0;
+    size += is_short(s.segments[k]) ? s.segments[k].inner * s.segments[k].outer * bundle.n : 0;
   }
   w.shorts.resize(std::max<size_t>(w.shorts.size(), size));
   float* z = w.shorts.data();
@@ -93,16 +91,18 @@ void try_shorts(const Step& s, const Bundle& bundle, const bool* keep, Workspace
     }
     typed(s, s.segments[k], [&](auto* p, const Buffers& b, const Segment& segment) {
       const TensorStep& tensor = s.tensors[segment.tensor];
-      const auto span = span_of(tensor, p, b, segment, 0, bundle.n * segment.inner);
-      update_to(tensor.rule, tensor.c, span, z);
       const float decay = tensor.rule == Rule::none ? 1.0f : tensor.c.decay;
-      for (int64_t c = 0; c < bundle.n; ++c) {
-        for (int64_t i = c * segment.inner; !keep[c] && i < (c + 1) * segment.inner; ++i) {
-          const float x = to_float(span.x[i]);
-          w.sums[c].add(x, z[i], decay);
+      for (int64_t o = 0; o < segment.outer; ++o) {
+        const auto span =
+            span_of(tensor, p, b, segment, o * segment.stride, bundle.n * segment.inner);
+        update_to(tensor.rule, tensor.c, span, z);
+        for (int64_t c = 0; c < bundle.n; ++c) {
+          for (int64_t i = c * segment.inner; !keep[c] && i < (c + 1) * segment.inner; ++i) {
+            w.sums[c].add(to_float(span.x[i]), z[i], decay);
+          }
         }
+        z += span.n;
       }
-      z += span.n;
     });
   }
 }
@@ -127,8 +127,10 @@ void finish_shorts(const Step& s, const Bundle& bundle, Workspace& w) {
         scale = w.scale_each.data();
         pull = w.pull_each.data();
       }
-      combine_each(span_of(s.tensors[segment.tensor], p, b, segment, 0, n), z, scale, pull);
-      z += n;
+      for (int64_t o = 0; o < segment.outer; ++o, z += n) {
+        combine_each(span_of(s.tensors[segment.tensor], p, b, segment, o * segment.stride, n), z,
+                     scale, pull);
+      }
     });
   }
 }

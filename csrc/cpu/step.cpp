@@ -11,7 +11,9 @@ namespace {
 // Channels with pieces of at most this many elements are handled for a whole bundle at once.
 constexpr int64_t kShort = 32;
 
-bool is_short(const Segment& segment) { return segment.inner <= kShort; }
+bool is_short(const Segment& segment) {
+  return segment.inner <= kShort;
+}
 
 // What one thread needs for a bundle with dropped groups.
 struct Workspace {

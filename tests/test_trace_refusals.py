@@ -355,7 +355,7 @@ def test_capture_failure_names_the_line():
     [
         ({"scope": "outer"}, ValueError, "scope: expected one of"),
         ({"model": "resnet50"}, TypeError, "model: expected a torch.nn.Module, got str"),
-        ({"model": nn.DataParallel(Plain())}, TypeError, "trace model.module and wrap afterwards"),
+        ({"model": nn.DataParallel(Plain())}, TypeError, "pass model.module and wrap afterwards"),
         ({"example_inputs": X}, TypeError, "example_inputs: expected a tuple"),
         ({"ignore": 5}, TypeError, "ignore: expected a list of names, got 5"),
         ({"ignore": [5]}, TypeError, "ignore: expected a list of names"),

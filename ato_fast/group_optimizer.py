@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,12 +13,11 @@ from . import backend, ops
 from .capture import check_plain
 from .flat import FlatParameters
 from .groups import GroupLayout
-from .projection import Projection, check_projection
+from .projection import Projection, check_projection, check_strength
 from .reference import ADAMW, NO_PROJECTION
 
 EXTRA_KEY = "ato"
 """Key of `state_dict` with what torch.optim does not know."""
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class GroupOptimizer(torch.optim.Optimizer):
@@ -137,7 +135,7 @@ class GroupOptimizer(torch.optim.Optimizer):
             ValueError: as `set_mask`; values of a tensor on an accelerator are not read back.
         """
         new = [
-            (_per_group(value, self._strength, name), held)
+            (check_strength(value, self._strength, name), held)
             for value, held, name in (
                 (strength, self._strength, "strength"),
                 (threshold, self._threshold, "threshold"),
@@ -316,7 +314,7 @@ class GroupOptimizer(torch.optim.Optimizer):
             )
         self.layout.check_mask(extra["mask"], "state_dict: mask")
         for name in ("strength", "threshold"):
-            _per_group(extra[name], self._strength, f"state_dict: {name}")
+            check_strength(extra[name], self._strength, f"state_dict: {name}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would still step this model's buffers.
@@ -375,29 +373,3 @@ def _launch(optimizer: GroupOptimizer) -> None:
     if optimizer.flat.buffers:
         optimizer.flat.check()
         ops.group_step_(*optimizer.op_arguments(), views=optimizer.flat.params)
-
-
-def _per_group(value: float | Tensor, like: Tensor, name: str) -> float | Tensor:
-    """``value`` checked: a number >= 0 or a tensor ``[n_groups]`` of such (inf allowed)."""
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if isinstance(value, Tensor) and value.dim() > 0:
-        if value.shape != like.shape:
-            raise ValueError(
-                f"{name}: expected one number or shape {tuple(like.shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-        value = value.detach()
-        if value.device.type == "cpu" and not bool((value >= 0).all()):
-            raise ValueError(f"{name}: expected values >= 0, got a negative one or NaN")
-        return value
-    if isinstance(value, Tensor):
-        value = value.detach()
-        if value.device.type != "cpu":
-            return value.expand(like.shape)
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ValueError(f"{name}: expected a number >= 0 or a tensor, got {value!r}")
-    if FLOAT32_MAX < value < math.inf:
-        raise ValueError(f"{name}: expected inf or a number that float32 holds, got {value!r}")
-    return float(value)

@@ -9,6 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class Prox:
@@ -102,6 +108,37 @@ def check_projection(projection: object) -> Projection | None:
     raise TypeError(
         f"projection: expected Prox(), HalfSpace(), DHSPG() or None, got {projection!r}{hint}"
     )
+
+
+def check_strength(value: object, like: Tensor, name: str) -> float | Tensor:
+    """``value`` as a number >= 0 or a tensor of ``like``'s shape ``[n_groups]``; inf is allowed.
+
+    Raises:
+        ValueError: another shape, a negative number or NaN, a number beyond float32. Values of a
+            tensor on an accelerator are not read back.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor) and value.dim() > 0:
+        if value.shape != like.shape:
+            raise ValueError(
+                f"{name}: expected one number or shape {tuple(like.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        value = value.detach()
+        if value.device.type == "cpu" and not bool((value >= 0).all()):
+            raise ValueError(f"{name}: expected values >= 0, got a negative one or NaN")
+        return value
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.device.type != "cpu":
+            return value.expand(like.shape)
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{name}: expected a number >= 0 or a tensor, got {value!r}")
+    if FLOAT32_MAX < value < math.inf:
+        raise ValueError(f"{name}: expected inf or a number that float32 holds, got {value!r}")
+    return float(value)
 
 
 def _number(name: str, value: object, low: float, high: float, expected: str) -> None:

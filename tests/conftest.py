@@ -3,6 +3,16 @@
 import pytest
 import torch
 
+from ato_fast import backend
+from samples import BACKENDS
+
+
+@pytest.fixture(params=BACKENDS)
+def served(request, monkeypatch):
+    """Force a backend; the value is the device to use."""
+    monkeypatch.setenv(backend.VARIABLE, request.param)
+    return "cuda" if request.param == "cuda" else "cpu"
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed():

@@ -13,14 +13,12 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.cpp_extension import include_paths
 
 from ato_fast import ops
-from ato_fast.groups import Gate, GroupLayout, Slice
-from samples import VARIANTS, every_layout, layout_of, random_mask, set_grads, twin
+from samples import VARIANTS, every_layout, layout_from, layout_of, random_mask, set_grads, twin
 
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -111,22 +109,17 @@ def many_segments():
 
 
 def layout_of_many(model):
-    gates, offset = [], 0
-    for name, n in (("short", 11), ("long", 3)):
-        slices = tuple(
-            Slice(f"{name}.{i}.{part}", 0, np.arange(n), "row")
-            for i in range(len(getattr(model, name)))
-            for part in ("weight", "bias")
-        )
-        gates.append(Gate(name, n, slices, offset))
-        offset += n
-    return GroupLayout(
-        gates=tuple(gates),
-        unprunable=(),
-        shapes={key: tuple(value.shape) for key, value in model.state_dict().items()},
-        parameters=tuple(name for name, _ in model.named_parameters()),
-        mac_terms=(),
-    )
+    return layout_from(
+        model,
+        [
+            (name, n, [
+                (f"{name}.{i}.{part}", 0, None, "row")
+                for i in range(len(getattr(model, name)))
+                for part in ("weight", "bias")
+            ])
+            for name, n in (("short", 11), ("long", 3))
+        ],
+    )  # fmt: skip
 
 
 def train(variant, projection, dtype=None, steps=8, make=every_layout, layout=layout_of):

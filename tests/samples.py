@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -45,6 +46,21 @@ def _gate(name: str, n: int, offset: int, *parts: tuple) -> Gate:
     return Gate(name, n, tuple(slices), offset)
 
 
+def layout_from(model: nn.Module, specs: list[tuple]) -> GroupLayout:
+    """Layout from ``(gate, n, [(tensor, dim, channels or None for 0..n-1, role)])`` per gate."""
+    gates, offset = [], 0
+    for name, n, parts in specs:
+        gates.append(_gate(name, n, offset, *parts))
+        offset += n
+    return GroupLayout(
+        gates=tuple(gates),
+        unprunable=(),
+        shapes={key: tuple(value.shape) for key, value in model.state_dict().items()},
+        parameters=tuple(name for name, _ in model.named_parameters()),
+        mac_terms=(),
+    )
+
+
 def layout_of(model: nn.Module) -> GroupLayout:
     """Layout of an `EveryLayout`."""
     mixed_a = [-1, -1, 0, 1, 2, 3, *[-1] * 17]
@@ -71,17 +87,7 @@ def layout_of(model: nn.Module) -> GroupLayout:
         ("huge", 1, [("huge.weight", 0, None, "row")]),
         ("bare", 2, []),
     ]  # fmt: skip
-    gates, offset = [], 0
-    for name, n, parts in specs:
-        gates.append(_gate(name, n, offset, *parts))
-        offset += n
-    return GroupLayout(
-        gates=tuple(gates),
-        unprunable=(),
-        shapes={key: tuple(value.shape) for key, value in model.state_dict().items()},
-        parameters=tuple(name for name, _ in model.named_parameters()),
-        mac_terms=(),
-    )
+    return layout_from(model, specs)
 
 
 def every_layout(dtype: torch.dtype = torch.float32, seed: int = 0) -> EveryLayout:
@@ -130,6 +136,7 @@ VARIANTS = [
     Variant("adam", Adam, {"lr": 0.02, "weight_decay": 0.05}),
     Variant("adamw", AdamW, {"lr": 0.02, "weight_decay": 0.05, "betas": (0.85, 0.98)}),
 ]
+BACKENDS = ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROJECTIONS = [None, Prox(), HalfSpace(), HalfSpace(eps=0.2), DHSPG(eps=0.1)]
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ato_fast import DHSPG, HalfSpace, Prox, backend, ops
-from ato_fast.optimizer import AdamW
 from ato_fast.reference import group_step_ref
 from numerics import assert_all_as_accurate, assert_same_bits
 from samples import (
+    BACKENDS,
     PROJECTIONS,
     VARIANTS,
     by_name,
@@ -21,25 +21,7 @@ from samples import (
     twin,
 )
 
-BACKENDS = [
-    "reference",
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
 STEPS = 25
-
-
-@pytest.fixture(params=BACKENDS)
-def served(request, monkeypatch):
-    """Force a backend; the value is the device to use."""
-    monkeypatch.setenv(backend.VARIABLE, request.param)
-    return "cuda" if request.param == "cuda" else "cpu"
 
 
 def run(variant, projection, dtype=torch.float32, steps=STEPS, device="cpu", strength=0.4):
@@ -127,103 +109,6 @@ def test_zero_is_exact_absorbing_and_clears_the_state(variant, projection, serve
                 if value.dim() == param.dim():
                     rows = value.detach().movedim(dim, 0)[dropped.to(value.device)]
                     assert not rows.any(), name
-
-
-def test_prox_is_the_published_formula(served):
-    model = every_layout().to(served)
-    layout = layout_of(model)
-    optimizer = VARIANTS[0](model, layout, lr=0.1)
-    before = snapshot(model)
-    norms = optimizer.group_norms().double().cpu()
-    mask = torch.zeros(layout.n_groups)
-    lam = 0.1 + torch.rand(layout.n_groups, generator=torch.Generator().manual_seed(3)) * 20
-    optimizer.set_mask(mask, lam)
-    optimizer.zero_grad()
-    optimizer.step()
-    nu = (norms**2 + 1e-8).sqrt()
-    scale = (nu - 0.1 * lam).clamp(min=0) / nu
-    for name, param in model.named_parameters():
-        expected = before[name].double().cpu()
-        for dim in range(param.dim()):
-            groups = torch.tensor(layout.groups_of(name, dim))
-            if name == "last.weight" and dim == 1:
-                continue
-            factor = torch.where(groups >= 0, scale[groups], torch.ones(()).double())
-            expected = expected * factor.reshape(
-                [-1 if d == dim else 1 for d in range(param.dim())]
-            )
-        torch.testing.assert_close(param.detach().double().cpu(), expected, rtol=1e-6, atol=1e-7)
-
-
-def test_half_space_is_otos_formula(served):
-    model = every_layout().to(served)
-    layout = layout_of(model)
-    optimizer = VARIANTS[0](model, layout, lr=0.1, projection=HalfSpace(eps=0.3))
-    optimizer.set_mask(torch.zeros(layout.n_groups), 4.0)
-    x = model.odd.weight.detach().double().cpu(), model.odd.bias.detach().double().cpu()
-    set_grads(model, 0, scale=80.0)
-    g = model.odd.weight.grad.double().cpu(), model.odd.bias.grad.double().cpu()
-    optimizer.step()
-    rows = torch.cat([x[0], x[1][:, None]], dim=1)
-    grads = torch.cat([g[0], g[1][:, None]], dim=1)
-    norm = rows.norm(dim=1, keepdim=True)
-    z = rows - 0.1 * grads - 0.4 * rows / (norm + 1e-8)
-    drop = (z * rows).sum(1) < 0.3 * norm[:, 0] ** 2
-    assert drop.any() and not drop.all()
-    z[drop] = 0
-    got = torch.cat([model.odd.weight, model.odd.bias[:, None]], dim=1).detach().double().cpu()
-    torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-6)
-    assert not got[drop].any()
-
-
-def test_dhspg_is_otov2s_formula(served):
-    """Every branch of the choice of lambda, against the formulas in plain float64."""
-    model = every_layout().to(served)
-    layout = layout_of(model)
-    lr, decay, eps, amplify, cap = 0.1, 0.5, 0.3, 1.8, 3.0
-    lam = torch.full((129,), 2.0, dtype=torch.float64)
-    lam[:9] = 6.0
-    optimizer = AdamW(model, layout, lr=lr, weight_decay=decay, projection=DHSPG(eps, amplify, cap))
-    strength = torch.ones(layout.n_groups)
-    strength[layout.gate("odd").span] = lam.float()
-    optimizer.set_mask(torch.zeros(layout.n_groups), strength)
-    odd = model.odd
-    with torch.no_grad():
-        odd.weight[::3] *= 0.1
-        odd.bias[::3] *= 0.1
-
-    def rows(values):
-        return torch.cat([values[0], values[1][:, None]], dim=1).detach().double().cpu()
-
-    x = rows((odd.weight, odd.bias))
-    # One step of Adam moves every element by lr along the gradient's sign: mix it with x's so that
-    # rows grow, shrink and turn.
-    pushed = torch.linspace(-1, 1, len(x), dtype=torch.float64)[:, None]
-    g = torch.randn(x.shape, dtype=torch.float64) * 0.3 + pushed * x.sign()
-    g[:9] = -x[:9].sign()
-    set_grads(model, 0)
-    odd.weight.grad = g[:, :-1].float().to(served)
-    odd.bias.grad = g[:, -1].float().to(served)
-    optimizer.step()
-    g = g.float().double()
-    d = g / (g.abs() + 1e-8)
-    norm, xd, dd = x.norm(dim=1), (x * d).sum(1), (d * d).sum(1)
-    low, high = -xd / norm, -dd * norm / xd
-    chosen = (amplify * low).maximum(lam).minimum(cap * lam)
-    middle = chosen >= high
-    chosen = torch.where(middle, (low + high) / 2, chosen)
-    grows = xd < 0
-    lambdas = torch.where(grows, chosen, lam)
-    branches = [~grows, grows & middle, grows & ~middle & (chosen == cap * lam)]
-    branches += [grows & ~middle & (chosen > lam) & (chosen < cap * lam)]
-    assert all(branch.any() for branch in branches), [int(b.sum()) for b in branches]
-    z = x - lr * d - lr * decay * x - lr * lambdas[:, None] * x / (norm[:, None] + 1e-8)
-    drop = (z * x).sum(1) < eps * norm**2
-    assert drop.any() and not drop.all()
-    z[drop] = 0
-    got = rows((odd.weight, odd.bias))
-    torch.testing.assert_close(got, z, rtol=1e-5, atol=2e-6)
-    assert not got[drop].any()
 
 
 def test_missing_gradients_leave_the_value_to_the_projection(served):
@@ -404,82 +289,3 @@ def reference_op():
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=by_name)
 def test_opcheck_of_the_reference(projection, reference_op):
     torch.library.opcheck(reference_op, _op_arguments(projection))
-
-
-BF16_NETS = {
-    "all": lambda model: model.to(torch.bfloat16),
-    "mixed": lambda model: (model.conv.to(torch.bfloat16), model.huge.to(torch.bfloat16)),
-}
-
-
-def run_bf16(variant, projection, narrow, dtype=None):
-    """Train on bf16 values with fp32 state; in ``dtype``, if given, on the same numbers."""
-    model = every_layout()
-    BF16_NETS[narrow](model)
-    if dtype is not None:
-        model = twin(model, dtype)
-    layout = layout_of(model)
-    optimizer = variant(model, layout, projection=projection)
-    source = every_layout()
-    for step in range(6):
-        if step == 2:
-            optimizer.set_mask(random_mask(layout), threshold=0.3)
-        set_grads(source, step)
-        for param, like in zip(model.parameters(), source.parameters(), strict=True):
-            param.grad = like.grad.bfloat16().to(param.dtype)
-        optimizer.step()
-    return model, optimizer
-
-
-@pytest.mark.parametrize("served", BACKENDS[1:2], indirect=True)
-@pytest.mark.parametrize("narrow", BF16_NETS)
-@pytest.mark.parametrize("projection", PROJECTIONS, ids=by_name)
-@pytest.mark.parametrize("variant", VARIANTS[2::2], ids=by_name)
-def test_bf16_parameters_keep_fp32_state(variant, projection, narrow, served, monkeypatch):
-    """As the reference, bit for bit but where the last bit of fp32 tips the rounding."""
-    got, optimizer = run_bf16(variant, projection, narrow)
-    monkeypatch.setenv(backend.VARIABLE, "reference")
-    same, other = run_bf16(variant, projection, narrow)
-    assert all(s["step"] == 6 for p, s in optimizer.state.items() if p.numel())
-    for (name, param), expected in zip(got.named_parameters(), same.parameters(), strict=True):
-        assert param.dtype == expected.dtype
-        bf16 = param.dtype == torch.bfloat16
-        torch.testing.assert_close(
-            param.detach(), expected.detach(), rtol=2**-8 if bf16 else 2e-4, atol=1e-5
-        )
-        if bf16 and param.numel() > 100:
-            assert (param == expected).float().mean() > 0.98, name
-        for key, value in optimizer.state[param].items():
-            assert value.dtype == torch.float32
-            torch.testing.assert_close(
-                value, other.state[expected][key], rtol=2e-2, atol=2e-2 if bf16 else 1e-3
-            )
-
-
-@pytest.mark.parametrize("projection", PROJECTIONS, ids=by_name)
-def test_bf16_follows_the_float64_oracle_for_one_step(projection, served, monkeypatch):
-    """One step from the same numbers: off by one rounding to bf16."""
-    model = every_layout(torch.bfloat16).to(served)
-    wide = twin(model, torch.float64)
-    for net in (model, wide):
-        optimizer = VARIANTS[-1](net, layout_of(net), projection=projection)
-        optimizer.set_mask(random_mask(optimizer.layout), threshold=0.3)
-        set_grads(net, 0)
-        for param in net.parameters():
-            param.grad = param.grad.bfloat16().to(param.dtype)
-        optimizer.step()
-        monkeypatch.setenv(backend.VARIABLE, "reference")
-    for got, expected in zip(model.parameters(), wide.parameters(), strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-5)
-
-
-def test_float16_parameters_are_the_references(monkeypatch):
-    model = every_layout(torch.float16)
-    optimizer = VARIANTS[-1](model, layout_of(model))
-    assert backend.serving("group_step_", optimizer.flat.device, optimizer.flat.dtypes) == (
-        "reference"
-    )
-    for name in ("cpu", "cuda", "triton"):
-        monkeypatch.setenv(backend.VARIABLE, name)
-        with pytest.raises(backend.BackendError, match="float32 and bfloat16 parameters"):
-            optimizer.step()

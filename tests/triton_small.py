@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ato_fast import backend, ops
 from ato_fast.group_optimizer import GroupOptimizer
-from ato_fast.groups import Gate, GroupLayout, Slice
+from ato_fast.groups import GroupLayout
 from ato_fast.reference import group_step_ref
 from numerics import assert_all_as_accurate, assert_same_bits
-from samples import VARIANTS, Variant, random_mask
+from samples import VARIANTS, Variant, layout_from, random_mask
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 WIDENED = (0, 1, 2, 5, 15)
@@ -52,29 +51,20 @@ def small_layout(model: nn.Module) -> GroupLayout:
     """Layout of a `Small`."""
     a, b = [-1, -1, 0, 1, -1, -1, -1, -1], [*[-1] * 5, 1, 0, 1]
     specs = [
-        ("coupled", 3, [("conv.weight", 0, range(3)), ("conv.bias", 0, range(3)),
-                        ("norm.weight", 0, range(3)), ("norm.bias", 0, range(3)),
+        ("coupled", 3, [("conv.weight", 0, None), ("conv.bias", 0, None),
+                        ("norm.weight", 0, None), ("norm.bias", 0, None),
                         ("up.weight", 1, [0, 1, 2, -1])]),
         ("heads", 2, [("heads.weight", 0, [0, 0, 1, 1]), ("heads.bias", 0, [0, 0, 1, 1])]),
         ("mixed_a", 2, [("mixed.weight", 0, a)]),
         ("mixed_b", 2, [("mixed.weight", 0, b)]),
         ("bare", 2, []),
-        ("wide", 2, [("wide.weight", 0, range(2)), ("wide.bias", 0, range(2)),
-                     ("tall.weight", 1, range(2))]),
-        ("columns", 2, [("columns.weight", 1, range(2))]),
-        ("single", 1, [("single.weight", 0, range(1))]),
+        ("wide", 2, [("wide.weight", 0, None), ("wide.bias", 0, None),
+                     ("tall.weight", 1, None)]),
+        ("columns", 2, [("columns.weight", 1, None)]),
+        ("single", 1, [("single.weight", 0, None)]),
     ]  # fmt: skip
-    gates, offset = [], 0
-    for name, n, parts in specs:
-        slices = tuple(Slice(t, dim, np.array(list(c)), "row") for t, dim, c in parts)
-        gates.append(Gate(name, n, slices, offset))
-        offset += n
-    return GroupLayout(
-        gates=tuple(gates),
-        unprunable=(),
-        shapes={key: tuple(value.shape) for key, value in model.state_dict().items()},
-        parameters=tuple(name for name, _ in model.named_parameters()),
-        mac_terms=(),
+    return layout_from(
+        model, [(name, n, [(*part, "row") for part in parts]) for name, n, parts in specs]
     )
 
 

@@ -54,14 +54,11 @@ def group_step_ref(
     # Values are rounded to the parameters' dtype once, after the projection.
     before = [buffer.to(_compute_dtype(buffer.dtype), copy=True) for buffer in params]
     after = [buffer.clone() for buffer in before]
-    decays: list[float | Tensor] = []
+    moved = [torch.zeros_like(buffer) for buffer in before] if projection == DHSPG else []
     for index, (buffer, offset, numel, row) in enumerate(tensors.tolist()):
         values = dict(zip(HYPER_COLUMNS, rows[row], strict=True), lr=rates[row])
         grad = grads[index]
-        updated = grad.numel() > 0
-        decays.append(1 - values["lr"] * values["weight_decay"] if optimizer == ADAMW else 1.0)
-        if not updated:
-            decays[-1] = 1.0
+        if grad.numel() == 0:
             continue
         here = slice(offset, offset + numel)
         x = before[buffer][here]
@@ -70,7 +67,10 @@ def group_step_ref(
         g = _in_memory_order(grad).to(x.dtype)
         if grad_scale is not None:
             g = g / grad_scale.to(x.dtype)
-        after[buffer][here], new_m, new_v = _update(optimizer, x, g, m, v, step[index], values)
+        z, u, new_m, new_v = _update(optimizer, x, g, m, v, step[index], values)
+        after[buffer][here] = z
+        if moved:
+            moved[buffer][here] = u
         if new_m is not None:
             put(m, new_m)
         if new_v is not None:
@@ -80,10 +80,9 @@ def group_step_ref(
 
     if projection != NO_PROJECTION:
         for group, parts, row in _groups(segments, bundles):
+            n = len(mask[group])
             dead = _project(
-                [(_channels(before[p[1]], p, len(mask[group])), p) for p in parts],
-                [_channels(after[p[1]], p, len(mask[group])) for p in parts],
-                decays,
+                *([_channels(b[p[1]], p, n) for p in parts if b] for b in (before, after, moved)),
                 ~mask[group],
                 _threshold(strength[group], threshold[group], rates[row]),
                 projection,
@@ -91,7 +90,7 @@ def group_step_ref(
             )
             for state in (first, second):
                 for part in parts if state else ():
-                    view = _channels(state[part[1]], part, len(dead))
+                    view = _channels(state[part[1]], part, n)
                     put(view, view.masked_fill(dead[:, None], 0))
     for buffer, value in zip(params, after, strict=True):
         put(buffer, value)
@@ -148,17 +147,21 @@ def _update(
     v: Tensor | None,
     step: Tensor,
     h: dict[str, float | Tensor],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One tensor's new value and states; formulas as in torch.optim's documentation."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One tensor's new value, what moved it but for decoupled decay, and its new states.
+
+    Formulas as in torch.optim's documentation.
+    """
     lr, wd = h["lr"], h["weight_decay"]
     if optimizer == SGD:
         g = g + wd * x
         momentum = h["beta1"]
         if momentum == 0:
-            return x - lr * g, None, None
+            u = lr * g
+            return x - u, u, None, None
         m = torch.where(step == 0, g, momentum * m + (1 - h["beta2"]) * g)
-        direction = g + momentum * m if h["nesterov"] else m
-        return x - lr * direction, m, None
+        u = lr * (g + momentum * m if h["nesterov"] else m)
+        return x - u, u, m, None
     if optimizer == ADAM:
         g = g + wd * x
     else:
@@ -169,7 +172,8 @@ def _update(
     correction1 = 1 - h["beta1"] ** count
     correction2 = (1 - h["beta2"] ** count).sqrt()
     rate = (lr / correction1).to(x.dtype)
-    return x - rate * (m / (v.sqrt() / correction2.to(x.dtype) + h["eps"])), m, v
+    u = rate * (m / (v.sqrt() / correction2.to(x.dtype) + h["eps"]))
+    return x - u, u, m, v
 
 
 def _threshold(strength: Tensor, threshold: Tensor, lr: float | Tensor) -> Tensor:
@@ -180,35 +184,39 @@ def _threshold(strength: Tensor, threshold: Tensor, lr: float | Tensor) -> Tenso
 
 
 def _project(
-    before: list[tuple[Tensor, Sequence[int]]],
+    before: list[Tensor],
     after: list[Tensor],
-    decays: Sequence[float | Tensor],
+    moved: list[Tensor],
     dropped: Tensor,
     limit: Tensor,
     projection: int,
     args: Sequence[float],
 ) -> Tensor:
     """Project the dropped groups of a bundle, writing to ``after``; which of them became zero."""
-    xx, zz, zx, xu, uu = torch.zeros(5, len(dropped), dtype=torch.float64, device=dropped.device)
-    for (x, part), z in zip(before, after, strict=True):
-        u = decays[part[0]] * x - z
-        x, z, u = x.double(), z.double(), u.double()
-        for total, product in ((xx, x * x), (zz, z * z), (zx, z * x), (xu, x * u), (uu, u * u)):
-            total += product.sum((0, 2))
-    hard = (limit == float("inf")) & ~zx.isnan()
+
+    def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        total = torch.zeros(len(dropped), dtype=torch.float64, device=dropped.device)
+        for x, y in zip(a, b, strict=True):
+            total += (x.double() * y.double()).sum((0, 2))
+        return total
+
+    xx = dot(before, before)
     if projection == PROX:
-        norm = (zz + 1e-8).sqrt()
+        norm = (dot(after, after) + 1e-8).sqrt()
         scale = torch.where(limit >= norm, 0.0, 1 - limit / norm)
         pull = torch.zeros_like(scale)
     else:
+        zx = dot(after, before)
+        hard = (limit == float("inf")) & ~zx.isnan()
         if projection == DHSPG:
+            xu, uu = dot(before, moved), dot(moved, moved)
             limit = _dhspg_threshold(xx, xu, uu, limit, args[1], args[2])
         pull = torch.where(limit == float("inf"), 0.0, limit / (xx.sqrt() + 1e-8))
         scale = torch.where((zx - pull * xx < args[0] * xx) | hard, 0.0, 1.0).double()
     # Exact zero is absorbing: a group that was zero before the step stays so.
     scale = torch.where(xx == 0, 0.0, scale)
     dead = dropped & (scale == 0)
-    for (x, _), z in zip(before, after, strict=True):
+    for x, z in zip(before, after, strict=True):
         wanted = scale.to(z.dtype)[:, None] * z - pull.to(z.dtype)[:, None] * x
         wanted = torch.where(dead[:, None], torch.zeros_like(z), wanted)
         z.copy_(torch.where(dropped[:, None], wanted, z))

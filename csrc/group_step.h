@@ -131,34 +131,46 @@ ATO_FN Coefficients coefficients(int64_t optimizer, const double* hyper, double 
   return c;
 }
 
+// An element after the optimizer's update, and what that moved it by, decoupled decay aside:
+// z = decay * x - u. Where lr is small, u taken from z would be mostly rounding.
+struct Moved {
+  float z, u;
+};
+
 template <Rule R>
-ATO_FN float update(float x, float g, float& m, float& v, const Coefficients& c) {
+ATO_FN Moved update(float x, float g, float& m, float& v, const Coefficients& c) {
   if constexpr (R == Rule::none) {
-    return x;
+    return {x, 0.0f};
   }
   g = g * c.unscale + c.l2 * x;
   if constexpr (R == Rule::adam) {
     m = c.keep1 * m + c.add1 * g;
     v = c.keep2 * v + c.add2 * g * g;
-    return c.decay * x - c.rate * (m / (std::sqrt(v) * c.sqrt_correction + c.eps));
+    const float u = c.rate * (m / (std::sqrt(v) * c.sqrt_correction + c.eps));
+    return {c.decay * x - u, u};
   } else if constexpr (R == Rule::momentum) {
     m = c.keep1 * m + c.add1 * g;
-    return x - c.rate * (c.direct * g + c.through * m);
+    const float u = c.rate * (c.direct * g + c.through * m);
+    return {x - u, u};
   } else {
-    return x - c.rate * g;
+    const float u = c.rate * g;
+    return {x - u, u};
   }
 }
 
-// Sums over one group: x before the update, z after it, u = decay * x - z what the optimizer moved
-// it by, decoupled decay aside.
+// Sums over one group: x before the update, z and u as in `Moved`.
 struct Sums {
   double xx = 0.0, zz = 0.0, zx = 0.0, xu = 0.0, uu = 0.0;
 
-  ATO_FN void add(float before, float after, float decay) {
-    const double x = before, z = after, u = decay * before - after;
+  ATO_FN void add(float before, float after) {
+    const double x = before, z = after;
     xx += x * x;
     zz += z * z;
     zx += z * x;
+  }
+
+  ATO_FN void add_moved(float before, float by) {
+    const double x = before, u = by;
     xu += x * u;
     uu += u * u;
   }

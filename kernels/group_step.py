@@ -74,19 +74,25 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def _updated(x, g, m, v, c, RULE: tl.constexpr):
-    """New x, m and v of an element; ``c`` are the coefficients of its tensor."""
+    """New x, m and v of an element, and what moved x, decoupled decay aside.
+
+    ``c`` are the coefficients of its tensor.
+    """
     unscale, l2, decay, keep1, add1, keep2, add2, rate, correction, eps, direct, through = c
     g = g * unscale + l2 * x
     if RULE == SGD:
-        z = x - rate * g
+        u = rate * g
+        z = x - u
     else:
         m = keep1 * m + add1 * g
         if RULE == MOMENTUM:
-            z = x - rate * tl.where(through != 0.0, direct * g + through * m, g)
+            u = rate * tl.where(through != 0.0, direct * g + through * m, g)
+            z = x - u
         else:
             v = keep2 * v + add2 * g * g
-            z = decay * x - rate * tl.div_rn(m, tl.sqrt_rn(v) * correction + eps)
-    return z, m, v
+            u = rate * tl.div_rn(m, tl.sqrt_rn(v) * correction + eps)
+            z = decay * x - u
+    return z, m, v, u
 
 
 @triton.jit
@@ -120,16 +126,14 @@ def _sweep(
         outer = tl.load(segment_ptr + 6)
         stride = tl.load(segment_ptr + 7)
         c_ptr = coefficients_ptr + tensor * STRIDE
-        decay = tl.load(c_ptr + 2)
         through = tl.load(c_ptr + 11)
         c = (
-            tl.load(c_ptr), tl.load(c_ptr + 1), decay, tl.load(c_ptr + 3), tl.load(c_ptr + 4),
-            tl.load(c_ptr + 5), tl.load(c_ptr + 6), tl.load(c_ptr + 7), tl.load(c_ptr + 8),
-            tl.load(c_ptr + 9), tl.load(c_ptr + 10), through,
+            tl.load(c_ptr), tl.load(c_ptr + 1), tl.load(c_ptr + 2), tl.load(c_ptr + 3),
+            tl.load(c_ptr + 4), tl.load(c_ptr + 5), tl.load(c_ptr + 6), tl.load(c_ptr + 7),
+            tl.load(c_ptr + 8), tl.load(c_ptr + 9), tl.load(c_ptr + 10), through,
         )  # fmt: skip
         # A missing gradient: neither update nor decay, z is x.
         address = tl.load(addresses_ptr + tensor)
-        decay = tl.where(address != 0, decay, 1.0)
         has_state = address
         if RULE == MOMENTUM:
             has_state = tl.where(through != 0.0, address, 0)
@@ -155,7 +159,7 @@ def _sweep(
                 m = tl.load(first_ptr + at + distance, mask=keeps_state, other=0.0)
             if RULE == ADAM:
                 v = tl.load(second_ptr + at + distance, mask=keeps_state, other=0.0)
-            z, m, v = _updated(x, g, m, v, c, RULE)
+            z, m, v, u = _updated(x, g, m, v, c, RULE)
             z = tl.where(moves, z, x)
             if WRITE:
                 if PROJECTION != NO_PROJECTION:
@@ -180,7 +184,7 @@ def _sweep(
                 else:
                     zx = tl.fma(after, before, zx)
                 if PROJECTION == DHSPG:
-                    u = (decay * x - z).to(tl.float64)
+                    u = tl.where(moves, u, 0.0).to(tl.float64)
                     xu = tl.fma(before, u, xu)
                     uu = tl.fma(u, u, uu)
             begin += reach

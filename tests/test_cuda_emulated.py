@@ -35,6 +35,7 @@ from samples import (
     snapshot,
     twin,
 )
+from small_rates import RATES, wrong_groups
 
 pytestmark = pytest.mark.skipif(emulated.GXX is None, reason="needs g++")
 
@@ -100,6 +101,13 @@ def test_channels_of_many_segments(variant, projection, order, on_reference):
     for key in [key for key in got if key.endswith(":step")]:
         assert got.pop(key) == same.pop(key) == oracle.pop(key)
     assert_all_as_accurate(got, same, oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lr", RATES)
+@pytest.mark.parametrize("variant", RULES, ids=by_name)
+def test_rounding_does_not_choose_dhspgs_strength(variant, lr, dtype, order):
+    assert wrong_groups(variant, lr, dtype) == 0
 
 
 @pytest.mark.parametrize("variant", RULES, ids=by_name)

@@ -1,9 +1,11 @@
 """Each projection against its published formula, written out in plain float64."""
 
+import pytest
 import torch
 
 from ato_fast import DHSPG, AdamW, HalfSpace
-from samples import VARIANTS, every_layout, layout_of, set_grads, snapshot
+from samples import VARIANTS, by_name, every_layout, layout_of, set_grads, snapshot
+from small_rates import RATES, wrong_groups
 
 
 def test_prox_is_the_published_formula(served):
@@ -101,3 +103,10 @@ def test_dhspg_is_otov2s_formula(served):
     got = rows((odd.weight, odd.bias))
     torch.testing.assert_close(got, z, rtol=1e-5, atol=2e-6)
     assert not got[drop].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lr", RATES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=by_name)
+def test_rounding_does_not_choose_dhspgs_strength(variant, lr, dtype, served):
+    assert wrong_groups(variant, lr, dtype, served) == 0

@@ -18,7 +18,7 @@ CASES = (
     "table('sgd', 'sgd-decay', 'momentum', 'dampening')",
     "table('nesterov', 'adam', 'adamw'); layouts()",
     "dtypes(); parameter_groups(); norms(); positions(); host_tables(); refusals()",
-    "zeros(); found_inf(); missing(); bits()",
+    "zeros(); found_inf(); missing(); bits(); rounding()",
 )
 POINTERS = {
     "segments_ptr": "*i64",

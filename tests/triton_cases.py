@@ -23,6 +23,7 @@ from samples import (
     set_grads,
     snapshot,
 )
+from small_rates import RATES, wrong_groups
 from triton_small import (
     BARE,
     BY_NAME,
@@ -89,6 +90,14 @@ def layouts() -> None:
     set_grads(model, 0)
     drop_some(optimizer)
     check_step(optimizer)
+
+
+def rounding() -> None:
+    """DHSPG's strength is chosen by what the optimizer does, not by fp32's rounding."""
+    for name in ("sgd-decay", "nesterov", "adam", "adamw"):
+        for lr in RATES:
+            assert wrong_groups(BY_NAME[name], lr) == 0, (name, lr)
+    assert wrong_groups(BY_NAME["adamw"], RATES[0], torch.bfloat16) == 0
 
 
 def parameter_groups() -> None:

@@ -65,7 +65,7 @@ ATO_FN void prefetch_block(const Span<T>& s, int64_t i) {
 
 // The update of element i, states written back.
 template <Rule R, class T>
-ATO_FN float updated(const Coefficients& c, const Span<T>& s, int64_t i) {
+ATO_FN Moved updated(const Coefficients& c, const Span<T>& s, int64_t i) {
   float g = 0.0f, m = 0.0f, v = 0.0f;
   if constexpr (R != Rule::none) {
     g = to_float(s.g[i]);
@@ -76,14 +76,14 @@ ATO_FN float updated(const Coefficients& c, const Span<T>& s, int64_t i) {
   if constexpr (R == Rule::adam) {
     v = s.v[i];
   }
-  const float z = ato::update<R>(to_float(s.x[i]), g, m, v, c);
+  const Moved moved = ato::update<R>(to_float(s.x[i]), g, m, v, c);
   if constexpr (kHasM<R>) {
     s.m[i] = m;
   }
   if constexpr (R == Rule::adam) {
     s.v[i] = v;
   }
-  return z;
+  return moved;
 }
 
 template <Rule R, class T, class Z>
@@ -93,12 +93,22 @@ ATO_FN void update_body(const Coefficients c, const Span<T> s, Z* z) {
     prefetch_block<R>(s, i + kAhead);
     ATO_NO_ALIAS
     for (int64_t j = i; j < i + kBlock; ++j) {
-      z[j] = from_float<Z>(updated<R>(c, s, j));
+      z[j] = from_float<Z>(updated<R>(c, s, j).z);
     }
   }
   ATO_NO_ALIAS
   for (int64_t j = i; j < s.n; ++j) {
-    z[j] = from_float<Z>(updated<R>(c, s, j));
+    z[j] = from_float<Z>(updated<R>(c, s, j).z);
+  }
+}
+
+template <Rule R, class T>
+ATO_FN void zu_body(const Coefficients c, const Span<T> s, float* z, float* u) {
+  ATO_NO_ALIAS
+  for (int64_t i = 0; i < s.n; ++i) {
+    const Moved moved = updated<R>(c, s, i);
+    z[i] = moved.z;
+    u[i] = moved.u;
   }
 }
 
@@ -122,20 +132,20 @@ struct LaneSums {
 struct SquareOfZ {
   static constexpr int kSums = 1;
 
-  ATO_FN static void of(float, float z, float, double (&out)[kSums]) {
-    out[0] = static_cast<double>(z) * static_cast<double>(z);
+  ATO_FN static void of(float, const Moved& moved, double (&out)[kSums]) {
+    out[0] = static_cast<double>(moved.z) * static_cast<double>(moved.z);
   }
 };
 
 struct ProductsWithX {
   static constexpr int kSums = 4;
 
-  ATO_FN static void of(float x, float z, float decay, double (&out)[kSums]) {
-    const double old = x, now = z, moved = decay * x - z;
-    out[0] = old * old;
-    out[1] = now * old;
-    out[2] = old * moved;
-    out[3] = moved * moved;
+  ATO_FN static void of(float before, const Moved& moved, double (&out)[kSums]) {
+    const double x = before, z = moved.z, u = moved.u;
+    out[0] = x * x;
+    out[1] = z * x;
+    out[2] = x * u;
+    out[3] = u * u;
   }
 };
 
@@ -153,8 +163,9 @@ ATO_FN void trial_body(const Coefficients c, const Span<T> s, float* z,
     for (int64_t j = 0; j < kLanes; ++j) {
       double product[Products::kSums];
       const float x = to_float(s.x[i + j]);
-      z[i + j] = updated<R>(c, s, i + j);
-      Products::of(x, z[i + j], R == Rule::none ? 1.0f : c.decay, product);
+      const Moved moved = updated<R>(c, s, i + j);
+      z[i + j] = moved.z;
+      Products::of(x, moved, product);
       for (int k = 0; k < Products::kSums; ++k) {
         lanes.lanes[k][j] += product[k];
       }
@@ -163,8 +174,9 @@ ATO_FN void trial_body(const Coefficients c, const Span<T> s, float* z,
   for (int64_t j = 0; i + j < s.n; ++j) {
     double product[Products::kSums];
     const float x = to_float(s.x[i + j]);
-    z[i + j] = updated<R>(c, s, i + j);
-    Products::of(x, z[i + j], R == Rule::none ? 1.0f : c.decay, product);
+    const Moved moved = updated<R>(c, s, i + j);
+    z[i + j] = moved.z;
+    Products::of(x, moved, product);
     for (int k = 0; k < Products::kSums; ++k) {
       lanes.lanes[k][j] += product[k];
     }
@@ -283,6 +295,9 @@ ATO_FN bool all_zero_body(const T* x, int64_t n) {
   ATO_CLONES void update_to_##R(const Coefficients& c, const Span<T>& s, float* z) {             \
     update_body<Rule::R>(c, s, z);                                                               \
   }                                                                                              \
+  ATO_CLONES void update_zu_##R(const Coefficients& c, const Span<T>& s, float* z, float* u) {   \
+    zu_body<Rule::R>(c, s, z, u);                                                                \
+  }                                                                                              \
   ATO_CLONES void update_zz_##R(const Coefficients& c, const Span<T>& s, float* z, Sums& sums) { \
     zz_body<Rule::R>(c, s, z, sums);                                                             \
   }                                                                                              \
@@ -313,6 +328,9 @@ ATO_FN bool all_zero_body(const T* x, int64_t n) {
   }                                                                                           \
   void update_to(Rule rule, const Coefficients& c, const Span<T>& s, float* z) {              \
     ATO_BY_RULE(update_to, c, s, z)                                                           \
+  }                                                                                           \
+  void update_zu(Rule rule, const Coefficients& c, const Span<T>& s, float* z, float* u) {    \
+    ATO_BY_RULE(update_zu, c, s, z, u)                                                        \
   }                                                                                           \
   void update_zz(Rule rule, const Coefficients& c, const Span<T>& s, float* z, Sums& sums) {  \
     ATO_BY_RULE(update_zz, c, s, z, sums)                                                     \

@@ -26,7 +26,10 @@ void update(Rule rule, const Coefficients& c, const Span<bf16>& span);
 // z becomes the update of x, which stays.
 void update_to(Rule rule, const Coefficients& c, const Span<float>& span, float* z);
 void update_to(Rule rule, const Coefficients& c, const Span<bf16>& span, float* z);
-// The same; adds to sums.zz.
+// The same; u becomes what moved x (`Moved`).
+void update_zu(Rule rule, const Coefficients& c, const Span<float>& span, float* z, float* u);
+void update_zu(Rule rule, const Coefficients& c, const Span<bf16>& span, float* z, float* u);
+// z alone; adds to sums.zz.
 void update_zz(Rule rule, const Coefficients& c, const Span<float>& span, float* z, Sums& sums);
 void update_zz(Rule rule, const Coefficients& c, const Span<bf16>& span, float* z, Sums& sums);
 // The same; adds to all sums but zz.

@@ -19,6 +19,8 @@ bool is_short(const Segment& segment) {
 struct Workspace {
   // Updated rows of one channel, and updated short segments of all channels.
   std::vector<float> row, shorts;
+  // What moved one piece of these (DHSPG).
+  std::vector<float> moved;
   std::vector<Sums> sums;
   // Per channel: what becomes of it.
   std::vector<float> scale, pull;
@@ -93,14 +95,21 @@ void try_shorts(const Step& s, const Bundle& bundle, const bool* keep, Workspace
     }
     typed(s, s.segments[k], [&](auto* p, const Buffers& b, const Segment& segment) {
       const TensorStep& tensor = s.tensors[segment.tensor];
-      const float decay = tensor.rule == Rule::none ? 1.0f : tensor.c.decay;
       for (int64_t o = 0; o < segment.outer; ++o) {
         const auto span =
             span_of(tensor, p, b, segment, o * segment.stride, bundle.n * segment.inner);
-        update_to(tensor.rule, tensor.c, span, z);
+        if (s.projection == kDhspg) {
+          w.moved.resize(std::max<size_t>(w.moved.size(), span.n));
+          update_zu(tensor.rule, tensor.c, span, z, w.moved.data());
+        } else {
+          update_to(tensor.rule, tensor.c, span, z);
+        }
         for (int64_t c = 0; c < bundle.n; ++c) {
           for (int64_t i = c * segment.inner; !keep[c] && i < (c + 1) * segment.inner; ++i) {
-            w.sums[c].add(to_float(span.x[i]), z[i], decay);
+            w.sums[c].add(to_float(span.x[i]), z[i]);
+            if (s.projection == kDhspg) {
+              w.sums[c].add_moved(to_float(span.x[i]), w.moved[i]);
+            }
           }
         }
         z += span.n;

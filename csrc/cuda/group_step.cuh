@@ -107,16 +107,13 @@ __device__ __forceinline__ Partial update_held(const Tile& tile, const Updates& 
     const Item& item = items[0];
     const Piece& piece = tile.pieces[item.piece];
     Values values = {};
-    float z[kQuad] = {};
+    float z[kQuad] = {}, u[kQuad] = {};
     read_all<R>(values, piece, item);
-    updated<R>(z, values, piece, updates, item);
-    const float decay = updates.of[item.piece].decay;
+    updated<R>(z, u, values, piece, updates, item);
 #pragma unroll
     for (int r = 0; r < kQuad; ++r) {
       if (r < item.count) {
-        // In fp32, where the rounding of decay * x cancels against that in z.
-        const float moved = piece.g != nullptr ? decay * values.x[r] - z[r] : 0.0f;
-        sums.add(projection, values.x[r], z[r], moved);
+        sums.add(projection, values.x[r], z[r], u[r]);
       }
     }
     if (item.count <= held.left) {
@@ -142,8 +139,9 @@ __device__ __forceinline__ void write_held(const Tile& tile, const Updates& upda
       held.next_item(values, z, item.count, pull != 0.0f,
                      [](float cell, float& value) { value = cell; });
     } else if (scale != 0.0f) {
+      float moved[kQuad];
       read_all<R>(values, piece, item);
-      updated<R>(z, values, piece, updates, item);
+      updated<R>(z, moved, values, piece, updates, item);
     }
 #pragma unroll
     for (int r = 0; r < kQuad; ++r) {

@@ -92,21 +92,26 @@ __device__ __forceinline__ void write_all(const Values& values, const Piece& pie
   });
 }
 
-// z: an item's elements after the optimizer's update; their states change in place.
+// z: an item's elements after the optimizer's update, u: what that moved them by (`Moved`); their
+// states change in place.
 template <Rule R>
-__device__ __forceinline__ void updated(float (&z)[kQuad], Values& values, const Piece& piece,
-                                        const Updates& updates, const Item& item) {
+__device__ __forceinline__ void updated(float (&z)[kQuad], float (&u)[kQuad], Values& values,
+                                        const Piece& piece, const Updates& updates,
+                                        const Item& item) {
   const Coefficients& c = updates.of[item.piece];
 #pragma unroll
   for (int r = 0; r < kQuad; ++r) {
     if (r < item.count) {
+      Moved moved;
       if (piece.g == nullptr) {
-        z[r] = values.x[r];
+        moved = {values.x[r], 0.0f};
       } else if (R == Rule::momentum && updates.plain[item.piece]) {
-        z[r] = update<Rule::sgd>(values.x[r], values.g[r], values.m[r], values.v[r], c);
+        moved = update<Rule::sgd>(values.x[r], values.g[r], values.m[r], values.v[r], c);
       } else {
-        z[r] = update<R>(values.x[r], values.g[r], values.m[r], values.v[r], c);
+        moved = update<R>(values.x[r], values.g[r], values.m[r], values.v[r], c);
       }
+      z[r] = moved.z;
+      u[r] = moved.u;
     }
   }
 }
@@ -131,7 +136,8 @@ __device__ __forceinline__ void update_channel(const Tile& tile, const Updates& 
     for (int k = 0; k < kInFlight; ++k) {
       const Piece& piece = tile.pieces[items[k].piece];
       if (piece.g != nullptr) {
-        updated<R>(values[k].x, values[k], piece, updates, items[k]);
+        float moved[kQuad];
+        updated<R>(values[k].x, moved, values[k], piece, updates, items[k]);
         write_all<R>(values[k], piece, items[k]);
       }
     }

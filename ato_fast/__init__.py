@@ -6,10 +6,13 @@ Auto-Train-Once (CVPR 2024) and its siblings over fused kernels. See README.md.
 from .artifact import ArtifactError, load, save
 from .budget import Budget
 from .capture import TraceError
+from .check import Verification
 from .groups import Gate, GroupLayout, Slice, Unprunable
+from .labels import Value
 from .methods import ATO, Result, hold_out
 from .optimizer import SGD, Adam, AdamW
 from .projection import DHSPG, HalfSpace, Prox
+from .rules import rule
 from .schedule import Schedule
 from .shrink import shrink, zero_
 from .trace import trace
@@ -33,8 +36,11 @@ __all__ = [
     "Slice",
     "TraceError",
     "Unprunable",
+    "Value",
+    "Verification",
     "hold_out",
     "load",
+    "rule",
     "save",
     "shrink",
     "trace",

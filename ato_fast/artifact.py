@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from .shrink import RECIPE, cut
+from .shrink import ATTRIBUTES, RECIPE, cut, named_tensors
 
 FORMAT = "ato_fast.recipe"
 VERSION = 1
@@ -95,6 +95,7 @@ def save(
         "version": VERSION,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "tensors": recipe,
+        "attributes": getattr(model, ATTRIBUTES, {}),
         "aliases": aliases,
         "budget": budget,
         "provenance": provenance,
@@ -140,7 +141,7 @@ def read_recipe(directory: str | os.PathLike) -> dict[str, Any]:
 def _kept(
     recipe: dict[str, Any], model: nn.Module, path: Path
 ) -> dict[tuple[str, int], np.ndarray]:
-    tensors = model.state_dict(keep_vars=True)
+    tensors = dict(named_tensors(model))
     kept = {}
     for name, entry in recipe["tensors"].items():
         if name in recipe["aliases"]:
@@ -197,7 +198,11 @@ def load(directory: str | os.PathLike, build_model: Callable[[], nn.Module]) -> 
             f"build_model: expected a callable that returns a torch.nn.Module, "
             f"it returned {type(model).__name__}"
         )
-    cut(model, _kept(recipe, model, directory / RECIPE_FILE))
+    kept = _kept(recipe, model, directory / RECIPE_FILE)
+    try:
+        cut(model, kept, recipe.get("attributes", {}))
+    except AttributeError as error:
+        raise ArtifactError(f"{directory / RECIPE_FILE} does not fit this model: {error}") from None
     tensors, aliases = _canonical(model.state_dict(keep_vars=True))
     if aliases != recipe["aliases"]:
         raise ArtifactError(f"{path} does not fit this model: other tensors are tied in it")

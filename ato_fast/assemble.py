@@ -2,63 +2,145 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import gcd
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .groups import Gate, GroupLayout, Slice, Unprunable
-from .labels import NO_PIN
+from .graph import Traced
+from .groups import Gate, GroupLayout, MacTerm, Slice, Unprunable
+from .labels import NO_PIN, Fold, Labels, Product
+from .shrink import named_tensors
 
 if TYPE_CHECKING:
-    from .trace import Walk
+    from .walk import Walk
+
+RESIDUAL = "a residual add couples these channels (scope all offers them)"
+UNREAD = "nothing that could be made smaller reads these channels"
+OTHER_AXIS = "another axis of a reshape is made smaller instead"
+HARD_CODED = (
+    "the forward pass depends on this number of channels (hard-coded in a reshape, say): the "
+    "shrunk model failed or gave another output"
+)
+
+
+class _Classes:
+    """Classes of joined atoms, and the first reason to leave each alone."""
+
+    def __init__(self, walk: Walk, scope: str, more: Sequence = ()) -> None:
+        self.labels = labels = walk.labels
+        self.root = labels.classes(more)
+        self.reason_of = np.full(labels.n_atoms, -1, dtype=np.int64)
+        self.reasons: list[str] = []
+        self.choices: list[np.ndarray] = []
+        for key, atoms in labels.attached.items():
+            if key[0] in walk.ignored and role_of(labels, key) in ("row", "affine"):
+                self.forbid(atoms, "left out by ignore=")
+        for name, entries in walk.declared.items():
+            for tensor, dim, _ in entries:
+                atoms = labels.attached.get((tensor, dim))
+                if atoms is not None:
+                    self.forbid(atoms, f"declared by hand as gate {name!r}")
+        for atoms, reason in labels.blocked:
+            self.forbid(atoms, reason)
+        self.residual = np.zeros(labels.n_atoms, dtype=bool)
+        for atoms in labels.residual:
+            self.residual[self.root[atoms]] = True
+        if scope == "inner":
+            self.forbid(np.flatnonzero(self.residual), RESIDUAL)
+
+    def forbid(self, atoms: np.ndarray, reason: str) -> None:
+        roots = np.unique(self.root[atoms])
+        free = roots[self.reason_of[roots] < 0]
+        if len(free):
+            self.reason_of[free] = len(self.reasons)
+            self.reasons.append(reason)
+
+    def free(self, atoms: np.ndarray) -> np.ndarray:
+        """Which of these atoms may go, bool."""
+        return (atoms >= 0) & (self.reason_of[self.root[atoms]] < 0)
+
+
+def role_of(labels: Labels, key: tuple[str, int]) -> str:
+    """Role of (tensor, dim): what its uses made of it, else merely cut."""
+    return labels.roles.get(key, "input" if key[0] in labels.trainable else "stat")
+
+
+def _unfold(walk: Walk, scope: str) -> _Classes:
+    """Choose one axis of every fold; the others stay whole.
+
+    First where only one axis is free, since that may decide others; then by preference.
+    """
+    labels = walk.labels
+    classes = _Classes(walk, scope)
+    joins: list[tuple[np.ndarray, np.ndarray]] = []
+    others: list[np.ndarray] = []
+    left = list(labels.folds)
+
+    def decide(fold: Fold, axis: int | None) -> None:
+        for k, atoms in enumerate(fold.axes):
+            if k != axis:
+                others.append(atoms)
+                classes.forbid(atoms[atoms >= 0], OTHER_AXIS)
+        if axis is None:
+            blocked = classes.reason_of[classes.root[fold.axes[fold.order[0]]]]
+            blocked = blocked[blocked >= 0]
+            reason = classes.reasons[blocked[0]] if len(blocked) else OTHER_AXIS
+            classes.forbid(fold.whole[fold.whole >= 0], reason)
+            dead.append((fold.whole, reason))
+            return
+        a, b = fold.whole, fold.axes[axis][fold.index[axis]]
+        both = (a >= 0) & (b >= 0)
+        joins.append((a[both], b[both]))
+        fixed = [x[~both & (x >= 0)] for x in (a, b)]
+        dead.extend((x, "reshaped together with channels that are fixed") for x in fixed if len(x))
+
+    dead: list[tuple[np.ndarray, str]] = []
+    choices: list[np.ndarray] = []
+    while left:
+        waiting = []
+        for fold in left:
+            free = [k for k in fold.order if classes.free(fold.axes[k]).any()]
+            if len(free) < 2:
+                decide(fold, free[0] if free else None)
+            else:
+                waiting.append((fold, free))
+        if len(waiting) == len(left):
+            fold, free = waiting.pop(0)
+            # An axis that is free throughout, else the first that is free in part.
+            axis = max(free, key=lambda k: classes.free(fold.axes[k]).all())
+            choices.append(fold.axes[axis])
+            decide(fold, axis)
+        left = [fold for fold, _ in waiting]
+    classes = _Classes(walk, scope, joins)
+    for atoms, reason in dead:
+        classes.forbid(atoms[atoms >= 0], reason)
+    for atoms in others:
+        classes.forbid(atoms[atoms >= 0], OTHER_AXIS)
+    classes.choices = choices
+    return classes
 
 
 def assemble(walk: Walk, scope: str) -> GroupLayout:
     """The layout of a walked model; gates in forward order."""
     labels = walk.labels
-    root = labels.classes()
-    reason_of = np.full(labels.n_atoms, -1, dtype=np.int64)
-    reasons: list[str] = []
-
-    def forbid(atoms: np.ndarray, reason: str) -> None:
-        roots = np.unique(root[atoms])
-        free = roots[reason_of[roots] < 0]
-        if len(free):
-            reason_of[free] = len(reasons)
-            reasons.append(reason)
-
-    for tensor, reason in labels.blocked_tensors.items():
-        for (name, _), (atoms, _) in labels.attached.items():
-            if name == tensor:
-                forbid(atoms[atoms >= 0], f"{tensor}: {reason}")
-    for (name, _), (atoms, role) in labels.attached.items():
-        if name in walk.ignored and role in ("row", "affine"):
-            forbid(atoms[atoms >= 0], "left out by ignore=")
-    for atoms, reason in labels.blocked:
-        forbid(atoms, reason)
-    is_residual = np.zeros(labels.n_atoms, dtype=bool)
-    for atoms in labels.residual:
-        is_residual[root[atoms]] = True
-    if scope == "inner":
-        forbid(
-            np.flatnonzero(is_residual),
-            "a residual add couples these channels (scope all offers them)",
-        )
+    walk.classes = classes = _unfold(walk, scope)
+    root, reason_of = classes.root, classes.reason_of
     read = np.zeros(labels.n_atoms, dtype=bool)
     for atoms, _ in labels.consumed:
         read[root[atoms]] = True
-    forbid(np.flatnonzero(~read[root]), "nothing that could be made smaller reads these channels")
+    classes.forbid(np.flatnonzero(~read[root]), UNREAD)
 
     members: dict[int, list[tuple[str, int]]] = {}
-    for key, (atoms, _) in labels.attached.items():
-        for r in np.unique(root[atoms[atoms >= 0]]).tolist():
-            if reason_of[r] < 0:
-                members.setdefault(r, []).append(key)
+    for key, atoms in labels.attached.items():
+        for r in np.unique(root[atoms[reason_of[root[atoms]] < 0]]).tolist():
+            members.setdefault(r, []).append(key)
     by_signature: dict[tuple, list[int]] = {}
     for r in sorted(members):
         by_signature.setdefault(tuple(members[r]), []).append(r)
     for signature in [s for s, roots in by_signature.items() if len(roots) == 1]:
-        forbid(np.asarray(by_signature.pop(signature)), "it has a single channel")
+        classes.forbid(np.asarray(by_signature.pop(signature)), "it has a single channel")
 
     gated: dict[int, set[tuple[str, int]]] = {}
     for atoms, pins in labels.consumed:
@@ -68,59 +150,130 @@ def assemble(walk: Walk, scope: str) -> GroupLayout:
                 gated.setdefault(r, set()).update(labels.pin_sets[pin])
 
     gates, offset, names = [], 0, set()
+    group_of = np.full(labels.n_atoms, -1, dtype=np.int64)
     for signature, roots in sorted(by_signature.items(), key=lambda item: item[1][0]):
         channel_of = np.full(labels.n_atoms, -1, dtype=np.int64)
         channel_of[roots] = np.arange(len(roots))
+        group_of[roots] = np.arange(len(roots)) + offset
         slices = []
-        for tensor, dim in signature:
-            atoms, role = labels.attached[tensor, dim]
-            channels = np.full(len(atoms), -1, dtype=np.int64)
-            channels[atoms >= 0] = channel_of[root[atoms[atoms >= 0]]]
-            on = role in ("row", "affine") and any((tensor, dim) in gated.get(r, ()) for r in roots)
-            slices.append(Slice(tensor, dim, channels, role, on))
-        name = base = signature[0][0].rpartition(".")[0] or signature[0][0]
+        for key in signature:
+            channels = channel_of[root[labels.attached[key]]]
+            role = role_of(labels, key)
+            on = role in ("row", "affine") and any(key in gated.get(r, ()) for r in roots)
+            slices.append(Slice(*key, channels, role, on))
+        first = next((s.tensor for s in slices if s.in_group), slices[0].tensor)
+        name = base = first.rpartition(".")[0] or first
         number = 2
         while name in names:
             name = f"{base}#{number}"
             number += 1
         names.add(name)
-        residual = bool(is_residual[roots].any())
-        gates.append(Gate(name, len(roots), tuple(slices), offset, residual))
+        residual = bool(classes.residual[roots].any())
+        attributes = walk.attributes.get(name, ())
+        gates.append(Gate(name, len(roots), tuple(slices), offset, residual, attributes))
         offset += len(roots)
 
+    for name, entries in walk.declared.items():
+        n = walk.size(*entries[0][:2])
+        affine = any(role == "affine" for *_, role in entries)
+        slices = [
+            Slice(t, d, np.arange(n), role, role == ("affine" if affine else "row"))
+            for t, d, role in entries
+        ]
+        if name in names:
+            raise ValueError(f"gates: {name!r} is a gate that was found too; choose another name")
+        gates.append(Gate(name, n, tuple(slices), offset))
+        offset += n
+
     in_group = {s.tensor for gate in gates for s in gate.slices if s.role != "input"}
-    left_out = []
-    for name in walk.parameters:
-        if name in in_group:
-            continue
-        left_out.append(Unprunable(name, _why(walk, name, root, reason_of, reasons)))
-    shapes = {name: tuple(t.shape) for name, t in walk.model.state_dict().items()}
-    for name, parameter in walk.model.named_parameters():
-        shapes.setdefault(name, tuple(parameter.shape))
-    return GroupLayout(
+    left_out = [
+        Unprunable(name, _why(walk, name, classes))
+        for name in walk.parameters
+        if name not in in_group
+    ]
+    shapes = {name: tuple(t.shape) for name, t in named_tensors(walk.model)}
+    group_of = group_of[root]
+    layout = GroupLayout(
         gates=tuple(gates),
         unprunable=tuple(left_out),
         shapes=shapes,
         parameters=tuple(walk.parameters),
-        mac_terms=tuple(walk.mac_terms),
+        mac_terms=tuple(_mac_terms(labels, gates, group_of)),
         scope=scope,
         model_name=type(walk.model).__name__,
+        as_graph=walk.as_graph,
     )
+    # Beside the plain data: what shrinking as a graph needs, in this process only.
+    traced = Traced(walk.program, walk.values, walk.arguments, group_of)
+    object.__setattr__(layout, "traced", traced)
+    return layout
 
 
-def _why(walk: Walk, name: str, root: np.ndarray, reason_of: np.ndarray, reasons: list[str]) -> str:
+def refuse(walk: Walk, gate: Gate) -> None:
+    """Never offer this gate again; where its channels come from a fold, another axis may serve."""
+    labels = walk.labels
+    atoms = np.concatenate(
+        [labels.attached[s.tensor, s.dim][s.channels >= 0] for s in gate.slices]
+    )
+    mine = np.zeros(labels.n_atoms, dtype=bool)
+    mine[walk.classes.root[atoms]] = True
+    axes = [axis for axis in walk.classes.choices if mine[walk.classes.root[axis]].any()]
+    for axis in axes or [atoms]:
+        labels.block(axis, HARD_CODED)
+
+
+def _mac_terms(labels: Labels, gates: list[Gate], group_of: np.ndarray) -> list[MacTerm]:
+    """Multiply-adds as products of kept sizes of tensors."""
+    known: dict[bytes, tuple[tuple[str, int], int]] = {}
+
+    def shape_of(atoms: np.ndarray) -> tuple[bytes, int]:
+        """How often each group occurs, up to a common factor, and that factor."""
+        groups = np.where(atoms >= 0, group_of[atoms], -1)
+        unique, counts = np.unique(groups, return_counts=True)
+        factor = gcd(*counts.tolist())
+        return unique.tobytes() + (counts // factor).tobytes(), factor
+
+    for gate in gates:
+        for part in gate.slices:
+            key = (part.tensor, part.dim)
+            if key not in labels.attached:
+                continue
+            signature, factor = shape_of(labels.attached[key])
+            if factor < known.get(signature, (key, np.inf))[1]:
+                known[signature] = (key, factor)
+
+    def term(product: Product) -> MacTerm:
+        if product.dims:
+            return MacTerm(product.name, product.coef, product.dims, product.out_per_channel)
+        coef, dims = product.coef, []
+        for atoms in product.atoms:
+            signature, factor = shape_of(atoms)
+            key, per = known.get(signature, (None, 1))
+            if key is None or (coef * factor) % per:
+                coef *= len(atoms)
+            else:
+                coef = coef * factor // per
+                dims.append(key)
+        return MacTerm(product.name, coef, tuple(dims))
+
+    return [term(product) for product in labels.products]
+
+
+def _why(walk: Walk, name: str, classes: _Classes) -> str:
     """The reason, in words, why no channel of a parameter is in a group."""
     labels = walk.labels
-    if name in labels.blocked_tensors:
-        return labels.blocked_tensors[name]
+    if name in labels.reasons:
+        return labels.reasons[name]
     if name not in walk.used:
         return "not used in the forward pass"
-    for (tensor, _), (atoms, role) in labels.attached.items():
-        if tensor != name or role == "input":
-            continue
-        found = reason_of[root[atoms[atoms >= 0]]]
+    if dict(named_tensors(walk.model))[name].shape[:1] == (1,):
+        return "it has a single channel"
+    keys = [key for key in labels.attached if key[0] == name]
+    # What a layer produces says more than what it reads.
+    keys.sort(key=lambda key: (role_of(labels, key) == "input", key[1]))
+    for key in keys:
+        found = classes.reason_of[classes.root[labels.attached[key]]]
         found = found[found >= 0]
         if len(found):
-            return reasons[int(np.bincount(found).argmax())]
-        return "its channels come from outside the model or from an operation without channels"
-    return "no rule makes channels of it"
+            return classes.reasons[int(np.bincount(found).argmax())]
+    return "no operation makes channels of it" if keys else "it has no channels"

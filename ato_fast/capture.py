@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 class TraceError(ValueError):
@@ -46,6 +48,65 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Attention in its own operations, not as torch's opaque one for inference."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _Calls(TorchFunctionMode):
+    """Records every call of a torch function: which, on what shapes and parameters, with what."""
+
+    # These take the training flag itself, or a probability that follows it.
+    FLAGGED = frozenset(
+        {F.batch_norm, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
+         F.feature_alpha_dropout, F.scaled_dot_product_attention, torch.dropout, F.instance_norm}
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Record the call, then make it."""
+        kwargs = kwargs or {}
+        flagged = func in self.FLAGGED
+        seen = [self._plain(x, flagged) for x in (*args, *kwargs.values())]
+        # Batch norm in training counts its batches.
+        if func is not torch.Tensor.add_ or args[0].dim():
+            self.calls.append((func, tuple(seen)))
+        return func(*args, **kwargs)
+
+    def _plain(self, x, flagged: bool):
+        if isinstance(x, torch.Tensor):
+            return id(x) if isinstance(x, nn.Parameter) else tuple(x.shape)
+        if isinstance(x, tuple | list):
+            return tuple(self._plain(y, flagged) for y in x)
+        return None if flagged or not isinstance(x, int | float | str | bool) else x
+
+
+def same_in_training(model: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether ``model``, on the meta device, makes the same calls in training and evaluation.
+
+    Dropout and the statistics of batch norm aside. False where that cannot be found out.
+    """
+    calls = []
+    for training in (False, True):
+        with mode(model, training), torch.no_grad(), no_fast_path(), _Calls() as record:
+            try:
+                with torch.device("meta"):
+                    model(*args, **kwargs)
+            except Exception:
+                return False
+        calls.append(record.calls)
+    return calls[0] == calls[1]
+
+
 def capture(
     model: nn.Module, args: tuple, kwargs: dict, training: bool
 ) -> torch.export.ExportedProgram:
@@ -57,7 +118,7 @@ def capture(
     try:
         # A failed export prints the graph so far; the error below says what matters of it.
         printed = io.StringIO()
-        with mode(model, training), torch.no_grad(), redirect_stderr(printed):
+        with mode(model, training), torch.no_grad(), no_fast_path(), redirect_stderr(printed):
             program = torch.export.export(model, args, kwargs, strict=False)
         sys.stderr.write(printed.getvalue())
         return program

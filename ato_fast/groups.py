@@ -67,6 +67,9 @@ class Gate:
     offset: int
     residual: bool = False
     """A residual add couples the channels of several producers (offered in scope ``all`` only)."""
+    attributes: tuple[tuple[str, int], ...] = ()
+    """Sizes that modules keep for themselves, such as ``("blocks.0.attn.num_heads", 1)``: dotted
+    path and what one channel counts there."""
 
     @property
     def span(self) -> slice:
@@ -107,6 +110,7 @@ class GroupLayout:
         parameters: names of the tensors that are parameters (the rest are buffers).
         mac_terms: multiply-adds of the whole model as products of kept channel counts.
         scope: ``inner`` or ``all``.
+        as_graph: some gates shrink only as a graph (``shrink(..., as_graph=True)``).
     """
 
     gates: tuple[Gate, ...]
@@ -116,6 +120,7 @@ class GroupLayout:
     mac_terms: tuple[MacTerm, ...]
     scope: str = "inner"
     model_name: str = "model"
+    as_graph: bool = False
     slices_of: Mapping[tuple[str, int], tuple[tuple[Gate, Slice], ...]] = field(
         init=False, repr=False
     )
@@ -240,6 +245,33 @@ class GroupLayout:
     def params(self, mask=None):
         """Number of parameters of the whole model; return type as `macs`."""
         return self._cost.params(mask)
+
+    def verify(self, model, example_inputs: tuple, kwargs: dict | None = None, seed: int = 0):
+        """Try this layout: cut at random, compare outputs and input gradients.
+
+        Three nested masks of all gates (most channels, half of them, one each) are applied to a
+        copy of ``model`` on the CPU in float32, with random norms: zeroed there, cut from another
+        copy. Outputs have to agree to 1e-5 of the largest one, gradients of a fixed random
+        weighting of the outputs to 1e-4: with respect to every floating input, or, where there is
+        none (tokens), to the parameters that lose nothing. Where they do not, every gate is tried
+        alone.
+
+        Args:
+            model: the module this layout was traced from; left as it is.
+            example_inputs: positional arguments of one forward call.
+            kwargs: keyword arguments of the forward call.
+            seed: of the masks.
+
+        Returns:
+            A `Verification`: ``ok``, the errors, and the gates that fail with their slices;
+            ``str()`` is a readable account.
+
+        Raises:
+            TypeError, ValueError: bad arguments, or a layout of another model.
+        """
+        from .check import verify
+
+        return verify(self, model, example_inputs, kwargs, seed)
 
     @cached_property
     def sha256(self) -> str:

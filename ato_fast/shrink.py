@@ -7,24 +7,42 @@ so, `shrink` cuts it. Modules keep their classes; their size attributes follow.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
+from . import multihead
 from .groups import GroupLayout
 
 RECIPE = "ato_recipe"
+ATTRIBUTES = "ato_attributes"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Norms that keep the number of channels as num_features.
+FEATURE_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and all buffers, under every name they have."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def check_model(model: nn.Module, layout: GroupLayout) -> None:
     """Raise ValueError unless ``layout`` describes ``model``'s tensors."""
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+    shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
     if not isinstance(layout, GroupLayout):
         raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
+    # Other buffers may be tables that a forward pass makes to measure.
+    named = {*layout.parameters, *(name for name, _ in layout.slices_of)}
     for name, shape in layout.shapes.items():
+        if name not in named:
+            continue
         if name not in shapes:
             raise ValueError(f"layout: not this model's, {name!r} is missing from the model")
         if shapes[name] != shape:
@@ -48,7 +66,7 @@ def zero_(model: nn.Module, layout: GroupLayout, mask) -> None:
     """
     check_model(model, layout)
     keep = layout.check_keep(mask)
-    tensors = model.state_dict(keep_vars=True)
+    tensors = dict(named_tensors(model))
     for (tensor, dim), parts in layout.slices_of.items():
         if not any(part.in_group for _, part in parts):
             continue
@@ -59,7 +77,7 @@ def zero_(model: nn.Module, layout: GroupLayout, mask) -> None:
             target.index_fill_(dim, dropped.to(target.device), 0)
 
 
-def shrink(model: nn.Module, layout: GroupLayout, mask) -> nn.Module:
+def shrink(model: nn.Module, layout: GroupLayout, mask, as_graph: bool = False) -> nn.Module:
     """A physically smaller copy of ``model`` without the dropped groups.
 
     The result computes what ``model`` computes once the dropped groups are zero (`zero_`); a
@@ -69,49 +87,109 @@ def shrink(model: nn.Module, layout: GroupLayout, mask) -> nn.Module:
         model: the module ``layout`` was traced from, or one of the same shape.
         layout: its gates.
         mask: ``[n_groups]``, 1 keep, 0 drop.
+        as_graph: return the exported graph of the model instead, shrunk: a `torch.fx.GraphModule`
+            for evaluation, at the shapes of the example inputs. It takes every layout; one that
+            was traced with ``as_graph=True`` takes nothing else.
 
     Returns:
         A module of the same classes with smaller tensors. It carries what `save` needs to write
-        a recipe, and can be traced and shrunk again.
+        a recipe, and can be traced and shrunk again. (With ``as_graph``: no recipe.)
 
     Raises:
-        ValueError: wrong mask size, a gate left empty, or a layout of another model.
+        ValueError: wrong mask size, a gate left empty, a layout of another model, or one that
+            needs ``as_graph``.
     """
     check_model(model, layout)
+    if as_graph:
+        from .graph import shrink_graph
+
+        return shrink_graph(model, layout, mask)
+    if layout.as_graph:
+        raise ValueError(
+            "layout: traced with as_graph=True, its gates need shrink(..., as_graph=True)"
+        )
     kept = layout.kept_indices(mask)
-    small = copy.deepcopy(model)
-    cut(small, kept)
+    keep = layout.check_keep(mask)
+    attributes: dict[str, int] = {}
+    for gate in layout.gates:
+        dropped = gate.n - int(keep[gate.span].sum())
+        for path, per_channel in gate.attributes if dropped else ():
+            now = attributes[path] if path in attributes else attribute(model, path)
+            attributes[path] = now - per_channel * dropped
+    dense = dict(named_tensors(model))
+    small = copy.deepcopy(model, dict(cut_tensors(dense, kept)))
+    _finish(small, dense, kept, attributes)
     return small
 
 
-def cut(model: nn.Module, kept: dict[tuple[str, int], np.ndarray]) -> None:
-    """Keep only the given indices, per (tensor, dim), in place, and record them as a recipe."""
-    previous = getattr(model, RECIPE, {})
-    tensors = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
+def cut(
+    model: nn.Module, kept: dict[tuple[str, int], np.ndarray], attributes: Mapping[str, int]
+) -> None:
+    """Keep only the given indices, per (tensor, dim), in place, and record them as a recipe.
+
+    ``attributes`` are new values of sizes that modules keep for themselves, by dotted path.
+    """
+    dense = dict(named_tensors(model))
+    new = cut_tensors(dense, kept)
+    for name, tensor in dense.items():
+        if id(tensor) in new:
+            replace_tensor(model, name, new[id(tensor)])
+    _finish(model, dense, kept, attributes)
+
+
+def attribute(model: nn.Module, path: str) -> int:
+    """The attribute of a submodule, such as ``blocks.0.attn.num_heads``."""
+    owner, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
+
+
+def _by_tensor(kept: dict[tuple[str, int], np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
     by_tensor: dict[str, dict[int, np.ndarray]] = {}
     for (name, dim), indices in kept.items():
         by_tensor.setdefault(name, {})[dim] = indices
-    rows_of: dict[str, np.ndarray | None] = {}
-    recipe = {name: dict(entry) for name, entry in previous.items()}
-    for name, dims in by_tensor.items():
-        old = tensors[name]
-        entry = recipe.get(name) or {"shape": list(old.shape), "keep": {}}
+    return by_tensor
+
+
+def cut_tensors(
+    dense: dict[str, torch.Tensor], kept: dict[tuple[str, int], np.ndarray]
+) -> dict[int, torch.Tensor]:
+    """The smaller tensors, by ``id`` of the ones they replace."""
+    return {id(dense[n]): _select(dense[n], dims) for n, dims in _by_tensor(kept).items()}
+
+
+def _finish(
+    model: nn.Module,
+    dense: dict[str, torch.Tensor],
+    kept: dict[tuple[str, int], np.ndarray],
+    attributes: Mapping[str, int],
+) -> None:
+    """Make a model whose tensors were cut consistent, and record what was cut as its recipe."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in dense.items():
+        names.setdefault(id(tensor), []).append(name)
+    kept_of: dict[str, dict[int, np.ndarray]] = {}
+    recipe = {name: dict(entry) for name, entry in getattr(model, RECIPE, {}).items()}
+    for name, dims in _by_tensor(kept).items():
+        entry = recipe.get(name) or {"shape": list(dense[name].shape), "keep": {}}
         entry["keep"] = dict(entry["keep"])
         for dim, indices in dims.items():
             before = entry["keep"].get(str(dim))
             now = indices if before is None else np.asarray(before)[indices]
             entry["keep"][str(dim)] = [int(i) for i in now]
-        new = _select(old, dims)
-        for alias in names[id(old)]:
+        for alias in names[id(dense[name])]:
             recipe[alias] = entry
-            rows_of[alias] = dims.get(0)
-            _replace(model, alias, new)
+            kept_of[alias] = dims
     for name, module in model.named_modules():
-        _refit(module, rows_of.get(f"{name}.weight" if name else "weight"))
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.MultiheadAttention):
+            multihead.refit(module, prefix, kept_of)
+        else:
+            _refit(module, kept_of.get(f"{prefix}weight", {}).get(0))
+    for path, value in attributes.items():
+        owner, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value)
     setattr(model, RECIPE, recipe)
+    setattr(model, ATTRIBUTES, {**getattr(model, ATTRIBUTES, {}), **attributes})
 
 
 def _select(old: torch.Tensor, dims: dict[int, np.ndarray]) -> torch.Tensor:
@@ -128,7 +206,8 @@ def _select(old: torch.Tensor, dims: dict[int, np.ndarray]) -> torch.Tensor:
     return new
 
 
-def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def replace_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put ``tensor`` where the parameter or buffer called ``name`` was."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     if isinstance(tensor, nn.Parameter):
@@ -142,18 +221,29 @@ def _refit(module: nn.Module, kept_rows: np.ndarray | None) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+        turned = isinstance(module, TRANSPOSED)
         if module.groups > 1 and kept_rows is not None:
-            rows_per_group = module.out_channels // module.groups
-            count = np.bincount(kept_rows // rows_per_group, minlength=module.groups)
+            n_rows = module.in_channels if turned else module.out_channels
             # Whole groups went, or every group lost the same number of rows.
-            if not count.all():
-                module.groups = int((count > 0).sum())
-        module.out_channels = weight.shape[0]
-        module.in_channels = weight.shape[1] * module.groups
+            module.groups = groups_left(kept_rows, n_rows // module.groups, module.groups)
+        rows, columns = weight.shape[0], weight.shape[1] * module.groups
+        module.in_channels, module.out_channels = (rows, columns) if turned else (columns, rows)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, BATCH_NORMS):
+    elif isinstance(module, FEATURE_NORMS):
         module.num_features = weight.shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        if kept_rows is not None:
+            size = module.num_channels // module.num_groups
+            module.num_groups = groups_left(kept_rows, size, module.num_groups)
+        module.num_channels = weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+
+
+def groups_left(kept_rows: np.ndarray, size: int, groups: int) -> int:
+    """Groups of ``size`` rows that kept any."""
+    return int((np.bincount(kept_rows // size, minlength=groups) > 0).sum())

@@ -1,6 +1,11 @@
-"""What each ATen operation does to channels; see `registry`."""
+"""What each operation does to channels; see `registry`."""
 
-from . import elementwise, layers, shape
-from .registry import RULES, WITH_WEIGHTS, rule, unknown
+from . import attention, contractions, elementwise, norms, place, shape
+from .registry import BUILT_IN, CONTRACTIONS, RULES, InputError, rule, unknown
 
-__all__ = ["RULES", "WITH_WEIGHTS", "elementwise", "layers", "rule", "shape", "unknown"]
+BUILT_IN.update(RULES)
+
+__all__ = [
+    "CONTRACTIONS", "InputError", "RULES", "attention", "contractions", "elementwise", "norms",
+    "place", "rule", "shape", "unknown",
+]  # fmt: skip

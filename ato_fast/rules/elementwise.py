@@ -6,78 +6,105 @@ import math
 
 import numpy as np
 
-from ..labels import NO_PIN, Labels, Value
+from ..labels import FIXED, NO_PIN, Labels, Value
 from .registry import Rule, only_dim, rule, unknown
 
 # f(0) = 0, element by element: a zero channel stays zero.
 KEEPS_ZERO = (
-    "abs alias celu clone contiguous detach dropout elu erf expm1 feature_dropout gelu hardshrink "
-    "hardswish leaky_relu lift_fresh_copy log1p mish neg negative relu relu6 round selu sign silu "
-    "sin sinh softshrink softsign square tan tanh tanhshrink to trunc type_as _to_copy"
+    "abs alias asinh atan celu clone contiguous detach dropout elu erf expm1 "
+    "feature_dropout gelu hardshrink hardswish leaky_relu lift_fresh lift_fresh_copy log1p mish "
+    "neg negative relu relu6 round rrelu selu sign silu sin sinh softshrink "
+    "softsign square tan tanh tanhshrink to trunc type_as zeros_like _to_copy nan_to_num"
 ).split()
 
 # Element by element, but f(0) != 0.
 LOSES_ZERO = (
-    "cos cosh exp hardsigmoid log log10 log2 log_sigmoid logit reciprocal rsqrt sigmoid softplus"
+    "acos cos cosh exp hardsigmoid log log10 log2 log_sigmoid logit ones_like reciprocal rsqrt "
+    "sigmoid softplus"
+).split()
+
+# Element by element: masks and noise, which nothing is known to be zero in.
+NO_ZERO = (
+    "bitwise_and bitwise_not bitwise_or eq ge gt isfinite isinf isnan le logical_and logical_not "
+    "logical_or logical_xor lt ne rand_like randn_like"
 ).split()
 
 
-@rule(*KEEPS_ZERO)
+@rule(*KEEPS_ZERO, "alpha_dropout", "native_dropout")
 def _keeps_zero(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
     return Value(out[0], x.atoms, x.pins, x.lost)
 
 
 def _loses_zero(name: str) -> Rule:
     def lose(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
-        return x.without_pins(f"{name}(0) is not 0")
+        if args and isinstance(args[0], Value):
+            x = pairwise(labels, out, x, args[0], "comparing", product=False)
+        return x.without_pins(f"{name}(0) is not 0" if name in LOSES_ZERO else f"{name} of it")
 
     return lose
 
 
-for _name in LOSES_ZERO:
+for _name in LOSES_ZERO + NO_ZERO:
     rule(_name)(_loses_zero(_name))
+
+
+@rule("sqrt")
+def _sqrt(labels: Labels, out, x: Value) -> Value:
+    return x.without_pins("sqrt has no gradient at 0")
+
+
+@rule("full_like")
+def _full_like(labels: Labels, out, x: Value, value, **kwargs) -> Value:
+    return x if value == 0 else x.without_pins(f"filled with {value}")
+
+
+@rule("fill", "zero")
+def _fill(labels: Labels, out, x: Value, value=0) -> Value:
+    return x if not isinstance(value, Value) and value == 0 else x.without_pins("filled")
 
 
 @rule("hardtanh", "clamp", "clip")
 def _hardtanh(labels: Labels, out, x: Value, low=None, high=None, **kwargs) -> Value:
     low = kwargs.get("min_val", kwargs.get("min", low))
     high = kwargs.get("max_val", kwargs.get("max", high))
-    if isinstance(low, Value) or isinstance(high, Value):
-        labels.block_value(x, "clamp with tensor bounds is not known to keep channels apart")
-        return Value.plain(out[0])
+    bounds = [v for v in (low, high) if isinstance(v, Value)]
+    if any(math.prod(v.shape) > 1 for v in bounds):
+        return unknown(labels, "clamp with tensor bounds", [x, *bounds], out)[0]
+    if bounds:
+        return x.without_pins("clamp to computed bounds may move 0")
     if (low is None or low <= 0) and (high is None or high >= 0):
         return x
     return x.without_pins(f"clamp to [{low}, {high}] moves 0")
 
 
-@rule("clamp_min", "clamp_max")
-def _clamp_one(labels: Labels, out, x: Value, bound) -> Value:
-    keeps = not isinstance(bound, Value) and bound == 0
+@rule("clamp_min", "clamp_max", "threshold")
+def _clamp_one(labels: Labels, out, x: Value, bound, value=0) -> Value:
+    keeps = not isinstance(bound, Value) and bound == 0 and value == 0
     return x if keeps else x.without_pins(f"clamp at {bound} may move 0")
 
 
 @rule("prelu", "_prelu_kernel")
 def _prelu(labels: Labels, out, x: Value, weight: Value) -> Value:
+    if math.prod(weight.shape) == 1:
+        return x
     x = only_dim(labels, x, 1, "PReLU")
-    if math.prod(weight.shape) > 1 and x.atoms[1] is not None:
-        if labels.weight(weight) is None:
-            labels.block(x.atoms[1], "PReLU with a slope computed in the forward pass")
-        else:
-            labels.attach(weight.tensor, 0, x.atoms[1], "affine")
+    labels.join(x.atoms[1], weight.atoms[0], FIXED)
+    if x.atoms[1] is not None:
+        labels.own(weight.pins[0], "affine")
     return x
 
 
 @rule("pow")
 def _pow(labels: Labels, out, x, exponent) -> Value:
-    if isinstance(x, Value) and not isinstance(exponent, Value) and exponent > 0:
-        return x
+    if isinstance(x, Value) and not isinstance(exponent, Value):
+        return x if exponent >= 1 else x.without_pins(f"x ** {exponent} has no gradient at 0")
     inputs = [v for v in (x, exponent) if isinstance(v, Value)]
     return unknown(labels, "pow with this exponent", inputs, out)[0]
 
 
-@rule("new_empty", "new_zeros", "new_ones", "new_full")
-def _new(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
-    return Value.plain(out[0])
+@rule("new_empty", "new_zeros", "new_ones", "new_full", "size", "numel", "stride")
+def _new(labels: Labels, out, x: Value, *args, **kwargs) -> list[Value]:
+    return [Value.plain(shape) for shape in out]
 
 
 def _aligned(value: Value, rank: int) -> Value:
@@ -87,7 +114,8 @@ def _aligned(value: Value, rank: int) -> Value:
     return value.reshaped((1,) * missing + value.shape, dims)
 
 
-def _elementwise(labels: Labels, out, a: Value, b: Value, name: str, product: bool) -> Value:
+def pairwise(labels: Labels, out, a: Value, b: Value, name: str, product: bool) -> Value:
+    """``a op b`` with broadcasting; zero where both are (a sum) or where either is (a product)."""
     rank = len(out[0])
     a, b = _aligned(a, rank), _aligned(b, rank)
     result = Value.plain(out[0])
@@ -96,53 +124,98 @@ def _elementwise(labels: Labels, out, a: Value, b: Value, name: str, product: bo
         x, y = a.atoms[d], b.atoms[d]
         if x is None and y is None:
             continue
-        if x is not None and y is not None and len(x) == len(y):
-            labels.join(x, y, f"{name} with channels that are fixed", residual=not product)
+        if x is not None and y is not None:
+            labels.join(x, y, f"{name} with channels that are fixed",
+                        residual=not product and a.data and b.data)  # fmt: skip
+            for value in (a, b):
+                if not value.data:
+                    labels.own(value.pins[d], "affine")
+            p, q = a.pins[d], b.pins[d]
             if product:
-                pins = np.where(a.pins[d] >= 0, a.pins[d], b.pins[d])
+                first, second = (p, q) if a.data or not b.data else (q, p)
+                pins = np.where(first >= 0, first, second)
             else:
-                pins = labels.both_pins(a.pins[d], b.pins[d])
+                pins = labels.both_pins(p, q)
             result = result.with_dim(d, x, pins)
             continue
-        for value, other in ((a, b), (b, a)):
-            atoms = value.atoms[d]
-            if atoms is None:
-                continue
-            if other.shape[d] == 1 and out[0][d] == len(atoms):
-                if product:
-                    pins = value.pins[d]
-                else:
-                    pins = np.full_like(value.pins[d], NO_PIN)
-                    lost = lost or f"{name} a value that is not zero with the group"
-                result = result.with_dim(d, atoms, pins)
-            else:
-                why = "broadcast over other channels" if len(atoms) == 1 else "whose size is fixed"
-                labels.block(atoms, f"{name} a tensor {why}")
+        value, other = (a, b) if y is None else (b, a)
+        atoms = value.atoms[d]
+        if other.shape[d] == 1:
+            pins = value.pins[d]
+            if not product:
+                pins = np.full_like(pins, NO_PIN)
+                lost = lost or f"{name} a value that is not zero with the group"
+            elif not value.data:
+                labels.own(pins, "affine")
+            result = result.with_dim(d, atoms, pins)
+        else:
+            labels.block(atoms, f"{name} a tensor whose size is fixed")
     return Value(result.shape, result.atoms, result.pins, lost)
 
 
-@rule("add", "sub", "rsub")
+@rule("add", "sub", "rsub", "subtract")
 def _add(labels: Labels, out, a, b, *args, **kwargs) -> Value:
     if isinstance(a, Value) and isinstance(b, Value):
-        return _elementwise(labels, out, a, b, "adding", product=False)
+        return pairwise(labels, out, a, b, "adding", product=False)
     value, constant = (a, b) if isinstance(a, Value) else (b, a)
     return value if constant == 0 else value.without_pins(f"adding {constant}")
+
+
+@rule("maximum", "minimum", "fmax", "fmin", "lerp")
+def _extreme(labels: Labels, out, a: Value, b: Value, *args, **kwargs) -> Value:
+    result = pairwise(labels, out, a, b, "comparing", product=False)
+    if args and isinstance(args[0], Value):
+        result = pairwise(labels, out, result, args[0], "mixing", product=True)
+    return result
 
 
 @rule("mul", "multiply")
 def _mul(labels: Labels, out, a, b) -> Value:
     if isinstance(a, Value) and isinstance(b, Value):
-        return _elementwise(labels, out, a, b, "multiplying", product=True)
+        return pairwise(labels, out, a, b, "multiplying", product=True)
     return a if isinstance(a, Value) else b
 
 
-@rule("div", "true_divide")
+@rule("addcmul", "addcdiv")
+def _addcmul(labels: Labels, out, x: Value, a: Value, b: Value, **kwargs) -> Value:
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    return _add(labels, out, x, pairwise(labels, [shape], a, b, "multiplying", product=True))
+
+
+@rule("div", "true_divide", "divide")
 def _div(labels: Labels, out, a, b, **kwargs) -> Value:
-    if not isinstance(a, Value) or (isinstance(b, Value) and b.labelled):
-        inputs = [v for v in (a, b) if isinstance(v, Value)]
-        return unknown(labels, "dividing by a channel", inputs, out)[0]
     if isinstance(b, Value):
-        return _elementwise(labels, out, a, b, "dividing", product=True)
+        for d in b.labelled:
+            # A dropped channel would be divided by zero.
+            zero = b.pins[d] >= 0
+            labels.block(b.atoms[d][zero], "divided by a value that is zero with the group")
+    if not isinstance(a, Value):
+        return b.without_pins("1/x does not keep 0")
+    if isinstance(b, Value):
+        b = b.without_pins(b.lost or "divided by it")
+        result = pairwise(labels, out, a, b, "dividing", product=True)
+        return result
     if kwargs.get("rounding_mode") is not None or b == 0:
         return a.without_pins("this division does not keep 0")
     return a
+
+
+@rule("where")
+def _where(labels: Labels, out, condition: Value, a=None, b=None) -> list[Value]:
+    values = [v for v in (a, b) if isinstance(v, Value)]
+    if len(values) < 2:
+        return unknown(labels, "where without two tensors", [condition, *values], out)
+    result = pairwise(labels, out, a, b, "choosing from", product=False)
+    return [_mask(labels, out, result, condition)]
+
+
+@rule("masked_fill")
+def _masked_fill(labels: Labels, out, x: Value, mask: Value, value) -> Value:
+    result = _mask(labels, out, x, mask)
+    zero = not isinstance(value, Value) and value == 0
+    return result if zero else result.without_pins("masked_fill writes other values")
+
+
+def _mask(labels: Labels, out, x: Value, mask: Value) -> Value:
+    mask = mask.without_pins("a mask")
+    return pairwise(labels, out, x, mask, "masking", product=True)

@@ -1,11 +1,9 @@
-"""The rule registry: what each ATen operation does to channels.
+"""The rule registry: what each operation does to channels.
 
 A rule is called as ``rule(labels, shapes, *args, **kwargs)`` with the operation's own arguments,
 tensors replaced by `Value`; ``shapes`` are its output shapes. It returns the output `Value`, or a
 list of them. An operation without a rule blocks every channel it reads: unprunable with a reason,
 never a guess.
-
-To teach the tracer an operation, add one function decorated with `rule` to the module it fits.
 """
 
 from __future__ import annotations
@@ -17,20 +15,39 @@ from ..labels import Labels, Value
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+BUILT_IN: set[str] = set()
 
-# Operations that own parameters: their rules run even where no channel arrives.
-WITH_WEIGHTS = frozenset(
-    "conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_norm prelu "
-    "_prelu_kernel".split()
+# Operations whose multiply-adds are counted: their rules run even where no channel arrives.
+CONTRACTIONS = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm "
+    "mv addmm baddbmm einsum bilinear scaled_dot_product_attention".split()
 )
 
 
+class InputError(ValueError):
+    """The example inputs do not fit; the message says how."""
+
+
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen operations, named without namespace, overload and in-place mark."""
+    """Decorator: teach the tracer what an operation does to channels.
+
+    Args:
+        names: ATen operations by their bare name (``"relu"``; overload and in-place mark left
+            out), others with their namespace (``"mylib::scaled_relu"``).
+
+    The decorated function gets ``(labels, shapes, *args, **kwargs)``: the `Labels` of this trace,
+    the output shapes, and the operation's own arguments with a `Value` for every tensor. It returns
+    the output's `Value`: ``x`` itself where channels stay where they are and zero stays zero,
+    ``x.without_pins("why")`` where zero does not; ``labels.block_value(x, "why")`` refuses. A wrong
+    rule costs gates, not correctness: every layout is checked on a copy of the model.
+
+    Raises:
+        ValueError: an operation already has a rule of the library's own.
+    """
 
     def register(function: Rule) -> Rule:
         for name in names:
-            if name in RULES:
+            if name in BUILT_IN:
                 raise ValueError(f"rule: {name!r} already has a rule")
             RULES[name] = function
         return function
@@ -47,8 +64,13 @@ def unknown(labels: Labels, name: str, inputs: list[Value], shapes: list[tuple[i
 
 def only_dim(labels: Labels, value: Value, dim: int, what: str) -> Value:
     """``value`` with channels along ``dim`` alone; channels elsewhere are blocked."""
-    for d in value.labelled:
-        if d != dim:
-            labels.block(value.atoms[d], f"{what} mixes this dimension")
-            value = value.with_dim(d, None, None)
+    return drop(labels, value, [d for d in value.labelled if d != dim], f"{what} mixes this "
+                "dimension")  # fmt: skip
+
+
+def drop(labels: Labels, value: Value, dims, reason: str) -> Value:
+    """``value`` without channels along ``dims``: they are blocked."""
+    for d in dims:
+        labels.block(value.atoms[d], reason)
+        value = value.with_dim(d, None, None)
     return value

@@ -1,171 +1,159 @@
-"""Shape and place: pooling, padding, reshapes, permutations, concatenations, reductions."""
+"""Reshapes and permutations: where channels are afterwards."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..labels import NO_PIN, Labels, Value
-from .registry import Rule, only_dim, rule
-
-# Each channel (dimension 1) is pooled or resized by itself.
-PER_CHANNEL = {
-    **dict.fromkeys(("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d"), 1),
-    **dict.fromkeys(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"), 2),
-    **dict.fromkeys(("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d"), 3),
-    **dict.fromkeys(("upsample_nearest1d", "upsample_linear1d"), 1),
-    **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"), 2),
-    **dict.fromkeys(("upsample_nearest3d", "upsample_trilinear3d"), 3),
-}
+from .registry import drop, rule
 
 
-def _channel_pool(spatial: int) -> Rule:
-    def pool(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
-        dim = len(x.shape) - spatial - 1
-        x = only_dim(labels, x, dim, "pooling")
-        return Value(out[0], x.atoms, x.pins, x.lost)
-
-    return pool
-
-
-for _name, _spatial in PER_CHANNEL.items():
-    rule(_name)(_channel_pool(_spatial))
-
-
-@rule("max_pool2d_with_indices", "adaptive_max_pool2d")
-def _pool_with_indices(labels: Labels, out, x: Value, *args, **kwargs) -> list[Value]:
-    return [_channel_pool(2)(labels, out[:1], x), Value.plain(out[1])]
-
-
-@rule("pad", "constant_pad_nd")
-def _pad(labels: Labels, out, x: Value, pad, mode="constant", value=None) -> Value:
-    if not isinstance(mode, str):
-        mode, value = "constant", mode
-    n_padded = len(pad) // 2
-    for d in x.labelled:
-        from_end = len(x.shape) - 1 - d
-        if from_end < n_padded and (pad[2 * from_end] or pad[2 * from_end + 1]):
-            labels.block(x.atoms[d], "padding adds channels at a fixed place")
-            x = x.with_dim(d, None, None)
-    result = Value(out[0], x.atoms, x.pins, x.lost)
-    if mode == "constant" and value:
-        return result.without_pins(f"padding with {value}")
-    return result
-
-
-@rule("cat", "concat", "concatenate")
-def _cat(labels: Labels, out, values, dim=0) -> Value:
-    values = [v for v in values if v.shape != (0,)]
-    rank = len(out[0])
-    dim %= rank
-    result = Value.plain(out[0])
-    for d in range(rank):
-        if all(v.atoms[d] is None for v in values):
-            continue
-        atoms = [np.full(v.shape[d], -1) if v.atoms[d] is None else v.atoms[d] for v in values]
-        pins = [np.full(v.shape[d], NO_PIN) if v.pins[d] is None else v.pins[d] for v in values]
-        if d == dim:
-            result = result.with_dim(d, np.concatenate(atoms), np.concatenate(pins))
-            continue
-        all_pins = pins[0]
-        for other, other_pins in zip(atoms[1:], pins[1:], strict=True):
-            labels.join(atoms[0], other, "concatenated with channels that are fixed")
-            all_pins = labels.both_pins(all_pins, other_pins)
-        result = result.with_dim(d, atoms[0], all_pins)
-    lost = next((v.lost for v in values if v.lost), "")
-    return Value(result.shape, result.atoms, result.pins, lost)
-
-
-def _segments(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Runs of old and new dimensions with equal products, from left to right."""
-    runs, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        olds, news = [], []
+def _runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Runs of old and new dimensions with equal products, from left to right; sizes above 1."""
+    olds = [d for d, n in enumerate(old) if n > 1]
+    news = [d for d, n in enumerate(new) if n > 1]
+    runs = []
+    i = j = 0
+    while i < len(olds) or j < len(news):
+        run = ([], [])
         left = right = 1
-        if i < len(old):
-            olds.append(i)
-            left *= old[i]
-            i += 1
-        if j < len(new):
-            news.append(j)
-            right *= new[j]
-            j += 1
-        while left != right:
-            if left < right:
-                olds.append(i)
-                left *= old[i]
+        while not run[0] or not run[1] or left != right:
+            if left <= right and not (run[0] and left == right):
+                run[0].append(olds[i])
+                left *= old[olds[i]]
                 i += 1
             else:
-                news.append(j)
-                right *= new[j]
+                run[1].append(news[j])
+                right *= new[news[j]]
                 j += 1
-        runs.append((olds, news))
+        runs.append(run)
     return runs
 
 
-@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze")
-def _reshape(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
-    result = Value(out[0], (None,) * len(out[0]), (None,) * len(out[0]), x.lost)
+def reshape(labels: Labels, x: Value, shape: Sequence[int], order: Sequence[int] | None = None):
+    """``x`` with another shape; ``order`` prefers axes where a dimension is split."""
+    result = Value.plain(shape, lost=x.lost, data=x.data)
     if math.prod(x.shape) == 0:
         labels.block_value(x, "reshapes an empty tensor")
         return result
-    for olds, news in _segments(x.shape, out[0]):
-        marked = [d for d in olds if x.atoms[d] is not None]
-        if not marked:
+    for olds, news in _runs(x.shape, shape):
+        atoms, pins = [x.atoms[d] for d in olds], [x.pins[d] for d in olds]
+        if all(a is None for a in atoms):
             continue
-        if len(marked) > 1 or not news:
-            for d in marked:
-                labels.block(x.atoms[d], "reshape merges two kinds of channels")
+        whole, whole_pins = atoms[0], pins[0]
+        if len(olds) > 1:
+            whole, whole_pins = labels.merge(atoms, pins, [x.shape[d] for d in olds])
+        if len(news) == 1:
+            result = result.with_dim(news[0], whole, whole_pins)
             continue
-        source = marked[0]
-        sizes = [x.shape[d] for d in olds]
-        spread = [1] * len(olds)
-        spread[olds.index(source)] = -1
-        atoms = np.broadcast_to(x.atoms[source].reshape(spread), sizes)
-        pins = np.broadcast_to(x.pins[source].reshape(spread), sizes)
-        # The surviving channels end up in the size left open, or else, as a guess that the check
-        # on the finished layout confirms or refutes, in the largest.
-        left_open = [d for d in news if d in _open_dims(out[0], args)]
-        target = left_open[0] if left_open else max(news, key=lambda d: out[0][d])
-        place = news.index(target)
-        shape = [out[0][d] for d in news]
-        atoms = np.moveaxis(atoms.reshape(shape), place, -1).reshape(-1, shape[place])
-        pins = np.moveaxis(pins.reshape(shape), place, -1).reshape(-1, shape[place])
-        all_pins = pins[0]
-        for other, other_pins in zip(atoms[1:], pins[1:], strict=True):
-            labels.join(atoms[0], other, "reshape lines it up with fixed channels")
-            all_pins = labels.both_pins(all_pins, other_pins)
-        result = result.with_dim(target, atoms[0].copy(), all_pins.copy())
+        parts = labels.split(whole, whole_pins, [shape[d] for d in news], order)
+        for d, part, part_pins in zip(news, *parts, strict=True):
+            result = result.with_dim(d, part, part_pins)
     return result
 
 
-def _open_dims(shape: tuple[int, ...], args: tuple) -> list[int]:
-    """Dimensions whose size a reshape's arguments leave open as -1."""
-    sizes = next((a for a in args if isinstance(a, list | tuple)), ())
-    first = args[0] % len(shape) if args and isinstance(args[0], int) else 0
-    return [first + i for i, size in enumerate(sizes) if size == -1]
+@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze",
+      "view_as", "reshape_as")  # fmt: skip
+def _reshape(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
+    return reshape(labels, x, out[0])
 
 
 @rule("permute")
 def _permute(labels: Labels, out, x: Value, dims) -> Value:
-    return x.reshaped(out[0], tuple(d % len(x.shape) for d in dims))
+    return x.reshaped(out[0], [d % len(x.shape) for d in dims])
 
 
-@rule("transpose", "swapaxes")
+@rule("transpose", "swapaxes", "swapdims")
 def _transpose(labels: Labels, out, x: Value, a: int, b: int) -> Value:
     dims = list(range(len(x.shape)))
     dims[a], dims[b] = dims[b], dims[a]
-    return x.reshaped(out[0], tuple(dims))
+    return x.reshaped(out[0], dims)
 
 
-@rule("mean", "sum", "amax", "amin")
-def _reduce(labels: Labels, out, x: Value, dim=None, keepdim=False, **kwargs) -> Value:
+@rule("t", "numpy_T", "mT", "adjoint")
+def _turn(labels: Labels, out, x: Value) -> Value:
     rank = len(x.shape)
-    if dim is None or dim == []:
-        dim = list(range(rank))
-    gone = {d % rank for d in ([dim] if isinstance(dim, int) else dim)}
-    for d in gone & set(x.labelled):
-        labels.block(x.atoms[d], "reduced over its channels")
-    kept = [None if d in gone else d for d in range(rank) if keepdim or d not in gone]
-    return x.reshaped(out[0], tuple(kept))
+    return x if rank < 2 else _transpose(labels, out, x, rank - 2, rank - 1)
+
+
+@rule("movedim", "moveaxis")
+def _movedim(labels: Labels, out, x: Value, source, target) -> Value:
+    rank = len(x.shape)
+    source = [d % rank for d in ([source] if isinstance(source, int) else source)]
+    target = [d % rank for d in ([target] if isinstance(target, int) else target)]
+    rest = iter(d for d in range(rank) if d not in source)
+    dims = [source[target.index(d)] if d in target else next(rest) for d in range(rank)]
+    return x.reshaped(out[0], dims)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(labels: Labels, out, x: Value, other=None, *args, **kwargs) -> Value:
+    missing = len(out[0]) - len(x.shape)
+    dims = [None] * missing + list(range(len(x.shape)))
+    result = x.reshaped(out[0], dims)
+    if isinstance(other, Value):
+        for d in other.labelled:
+            if result.atoms[d] is None:
+                result = result.with_dim(d, other.atoms[d], np.full(out[0][d], NO_PIN))
+                result = Value(result.shape, result.atoms, result.pins,
+                               result.lost or "expanded over these channels")  # fmt: skip
+    return result
+
+
+@rule("repeat", "tile")
+def _repeat(labels: Labels, out, x: Value, *repeats) -> Value:
+    rank = len(out[0])
+    result = x.reshaped(out[0], [None] * (rank - len(x.shape)) + list(range(len(x.shape))))
+    for d in result.labelled:
+        atoms = result.atoms[d]
+        times = out[0][d] // len(atoms)
+        result = result.with_dim(d, np.tile(atoms, times), np.tile(result.pins[d], times))
+    return result
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(labels: Labels, out, x: Value, repeats, dim=None, **kwargs) -> Value:
+    if isinstance(repeats, Value) or dim is None:
+        labels.block_value(x, "repeat_interleave with computed counts")
+        return Value.plain(out[0])
+    dim %= len(x.shape)
+    result = x.reshaped(out[0], range(len(x.shape)))
+    if x.atoms[dim] is None:
+        return result
+    return result.with_dim(
+        dim, np.repeat(x.atoms[dim], repeats), np.repeat(x.pins[dim], repeats)
+    )
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(labels: Labels, out, x: Value, factor: int) -> Value:
+    c = len(x.shape) - 3
+    x = drop(labels, x, [d for d in x.labelled if d > c], "pixel_shuffle mixes this dimension")
+    result = x.reshaped(out[0], [d if d < c else None for d in range(len(out[0]))])
+    if x.atoms[c] is None:
+        return result
+    atoms, pins = labels.split(x.atoms[c], x.pins[c], (x.shape[c] // factor**2, factor**2))
+    labels.block(atoms[1], "these channels are pixels of one channel after pixel_shuffle")
+    return result if atoms[0] is None else result.with_dim(c, atoms[0], pins[0])
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(labels: Labels, out, x: Value, factor: int) -> Value:
+    c = len(x.shape) - 3
+    x = drop(labels, x, [d for d in x.labelled if d > c], "pixel_unshuffle mixes this dimension")
+    result = x.reshaped(out[0], [d if d < c else None for d in range(len(out[0]))])
+    if x.atoms[c] is None:
+        return result
+    times = factor**2
+    return result.with_dim(c, np.repeat(x.atoms[c], times), np.repeat(x.pins[c], times))
+
+
+@rule("channel_shuffle")
+def _channel_shuffle(labels: Labels, out, x: Value, groups: int) -> Value:
+    folded = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+    y = reshape(labels, x, folded, order=(1, 0))
+    turned = [0, 2, 1, *range(3, len(folded))]
+    return reshape(labels, y.reshaped([folded[d] for d in turned], turned), out[0])

@@ -1,0 +1,151 @@
+"""A shrunk model as a graph: for forwards whose Python insists on a size.
+
+The exported graph names every size as a constant, so each that counts channels can be replaced by
+the number that is kept, whatever expression of the model's Python it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from .groups import GroupLayout
+from .labels import Value
+from .shrink import cut_tensors, groups_left, named_tensors, replace_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """What `trace` knows of the graph: its labelled values, and the group of every atom."""
+
+    program: torch.export.ExportedProgram
+    values: dict[str, object]
+    arguments: dict[str, tuple]
+    group_of: np.ndarray
+
+
+class _Sizes:
+    """Sizes after shrinking."""
+
+    def __init__(self, traced: Traced, keep: np.ndarray) -> None:
+        self.traced = traced
+        self.keep = keep
+
+    def alive(self, atoms: np.ndarray) -> np.ndarray:
+        """Which entries stay, bool."""
+        groups = np.where(atoms >= 0, self.traced.group_of[atoms], -1)
+        return (groups < 0) | self.keep[groups]
+
+    def kept(self, value: Value, dim: int) -> int:
+        """Size of one dimension."""
+        atoms = value.atoms[dim]
+        return value.shape[dim] if atoms is None else int(self.alive(atoms).sum())
+
+    def shape(self, value: Value) -> list[int]:
+        """Size of every dimension."""
+        return [self.kept(value, d) for d in range(len(value.shape))]
+
+
+def _reshape(sizes: _Sizes, result, args: list) -> list:
+    return [args[0], sizes.shape(result), *args[2:]]
+
+
+def _unflatten(sizes: _Sizes, result: Value, args: list) -> list:
+    rank = len(result.shape) - len(args[2]) + 1
+    first = args[1] % rank
+    return [*args[:2], sizes.shape(result)[first : first + len(args[2])]]
+
+
+def _split(sizes: _Sizes, result: list[Value], args: list) -> list:
+    dim = args[2] if len(args) > 2 else 0
+    parts = [sizes.kept(part, dim) for part in result]
+    return [args[0], parts if isinstance(args[1], list | tuple) else max(parts), *args[2:]]
+
+
+def _slice(sizes: _Sizes, result: Value, args: list, source: Value) -> list:
+    dim, start, end = [*args[1:], *(0, None, None)[len(args) - 1 :]][:3]
+    atoms = source.atoms[dim % len(source.shape)]
+    if atoms is None:
+        return args
+    n = len(atoms)
+    start = 0 if start is None else max(start + n if start < 0 else start, 0)
+    before = int(sizes.alive(atoms[:start]).sum())
+    return [args[0], dim, before, before + sizes.kept(result, dim), *args[4:]]
+
+
+def _grouped(place: int, tensor: int, dim: int) -> Callable:
+    """Argument ``place`` counts groups of the channels of argument ``tensor`` along ``dim``."""
+
+    def edit(sizes: _Sizes, result: Value, args: list, *inputs: Value) -> list:
+        if len(args) <= place or args[place] == 1:
+            return args
+        atoms, groups = inputs[tensor].atoms[dim], args[place]
+        if atoms is None:
+            return args
+        left = groups_left(np.flatnonzero(sizes.alive(atoms)), len(atoms) // groups, groups)
+        return [*args[:place], left, *args[place + 1 :]]
+
+    return edit
+
+
+# What of an operation's arguments counts channels.
+EDITS: dict[str, Callable] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _reshape),
+    "unflatten": _unflatten,
+    **dict.fromkeys(("split", "split_with_sizes"), _split),
+    "slice": _slice,
+    **{f"conv{n}d": _grouped(6, 1, 0) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _grouped(6, 1, 0) for n in (1, 2, 3)},
+    "group_norm": _grouped(1, 0, 1),
+    "channel_shuffle": _grouped(1, 0, 1),
+}
+
+
+def shrink_graph(model: nn.Module, layout: GroupLayout, mask) -> torch.fx.GraphModule:
+    """The exported graph of ``model``, in evaluation mode, without the dropped groups.
+
+    See `shrink` with ``as_graph=True``.
+    """
+    traced: Traced | None = getattr(layout, "traced", None)
+    if traced is None:
+        raise ValueError("layout: as_graph needs a layout that trace made in this process")
+    kept = layout.kept_indices(mask)
+    sizes = _Sizes(traced, layout.check_keep(mask).numpy())
+    module = traced.program.module()
+    dense = dict(named_tensors(model))
+    smaller = cut_tensors(dense, kept)
+    copies: dict[int, torch.Tensor] = {}
+    for name, _ in list(named_tensors(module)):
+        if name in dense:
+            old = dense[name]
+            if id(old) not in copies:
+                new = smaller.get(id(old))
+                copies[id(old)] = _copy(old) if new is None else new
+            replace_tensor(module, name, copies[id(old)])
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.name not in traced.arguments:
+            continue
+        name = getattr(node.target, "_opname", "").removesuffix("_")
+        if name in EDITS:
+            result = traced.values[node.name]
+            inputs = traced.arguments[node.name]
+            extra = () if EDITS[name] in (_reshape, _unflatten, _split) else inputs
+            extra = extra[:1] if EDITS[name] is _slice else extra
+            node.args = tuple(EDITS[name](sizes, result, list(node.args), *extra))
+    module.recompile()
+    return module
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+    return tensor.detach().clone()
+
+
+def values_of(args: Sequence) -> tuple:
+    """The values among an operation's arguments, at their places."""
+    return tuple(a if isinstance(a, Value) else None for a in args)

@@ -246,8 +246,9 @@ def _mac_terms(labels: Labels, gates: list[Gate], group_of: np.ndarray) -> list[
         if product.dims:
             return MacTerm(product.name, product.coef, product.dims, product.out_per_channel)
         coef, dims = product.coef, []
-        for atoms in product.atoms:
-            signature, factor = shape_of(atoms)
+        found = [(atoms, *shape_of(atoms)) for atoms in product.atoms]
+        # Sizes that stay first, so that the others divide evenly.
+        for atoms, signature, factor in sorted(found, key=lambda entry: entry[1] in known):
             key, per = known.get(signature, (None, 1))
             if key is None or (coef * factor) % per:
                 coef *= len(atoms)
@@ -266,9 +267,12 @@ def _why(walk: Walk, name: str, classes: _Classes) -> str:
         return labels.reasons[name]
     if name not in walk.used:
         return "not used in the forward pass"
-    if dict(named_tensors(walk.model))[name].shape[:1] == (1,):
-        return "it has a single channel"
     keys = [key for key in labels.attached if key[0] == name]
+    if not keys:
+        return "it has no channels, or a single one"
+    made = any(role_of(labels, key) != "input" for key in keys)
+    if not made and walk.size(name, 0) == 1:
+        return "it has a single channel"
     # What a layer produces says more than what it reads.
     keys.sort(key=lambda key: (role_of(labels, key) == "input", key[1]))
     for key in keys:
@@ -276,4 +280,4 @@ def _why(walk: Walk, name: str, classes: _Classes) -> str:
         found = found[found >= 0]
         if len(found):
             return classes.reasons[int(np.bincount(found).argmax())]
-    return "no operation makes channels of it" if keys else "it has no channels"
+    return "no operation makes channels of it"

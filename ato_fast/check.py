@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .capture import mode
 from .groups import Gate, GroupLayout
+from .probe import cpu_inputs, difference, nested_masks, on_cpu, randomise, tensors
 from .shrink import named_tensors, shrink, zero_
-from .verify import cpu_inputs, difference, nested_masks, randomise, tensors
 
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -109,9 +109,7 @@ class _Bench:
 
     def __init__(self, layout: GroupLayout, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.layout, self.args, self.kwargs = layout, args, kwargs
-        self.model = copy.deepcopy(model).to("cpu")
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters()):
-            self.model = self.model.float()
+        self.model = on_cpu(copy.deepcopy(model))
         randomise(self.model, layout)
         # Token inputs have no gradient; parameters that nothing is cut from have.
         cut = {s.tensor for gate in layout.gates for s in gate.slices}

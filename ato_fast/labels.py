@@ -116,7 +116,8 @@ class Labels:
     """Atoms, joins and blocks of one model; shared by all graphs traced from it.
 
     ``trainable`` names the tensors that are parameters; the rest are buffers. ``batch`` is the
-    number of examples that were traced; multiply-adds are recorded while ``counting``.
+    number of examples that were traced; multiply-adds are recorded while ``counting``;
+    ``as_graph``: sizes that the model's Python hard-codes do not matter.
     """
 
     n_atoms: int = 0
@@ -131,6 +132,7 @@ class Labels:
     reasons: dict[str, str] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()
     batch: int = 1
+    as_graph: bool = False
     counting: bool = True
     pin_sets: list[frozenset[tuple[str, int]]] = field(default_factory=list)
     _pin_ids: dict[frozenset[tuple[str, int]], int] = field(default_factory=dict)

@@ -91,8 +91,7 @@ def refit(
     joint = module.in_proj_weight is not None
     name, parts = ("in_proj_weight", 3) if joint else ("v_proj_weight", 1)
     kept = kept_of.get(prefix + name, {})
-    unsupported = module.bias_k is not None or module.add_zero_attn
-    if not kept or unsupported:
+    if not kept:
         return
     rows = kept.get(0)
     if rows is not None:
@@ -102,6 +101,13 @@ def refit(
         else:
             module.head_dim = len(rows) // parts // module.num_heads
     module.embed_dim = module.out_proj.weight.shape[0]
+    convert(module)
+
+
+def convert(module: nn.MultiheadAttention) -> None:
+    """Make ``module`` a `ShrunkMultiheadAttention`, unless it adds keys of its own."""
+    if module.bias_k is not None or module.add_zero_attn:
+        return
     # Torch's encoder layer goes around this class's forward where this is True.
     module._qkv_same_embed_dim = False
     module.__class__ = ShrunkMultiheadAttention

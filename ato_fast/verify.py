@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
+from . import multihead
 from .capture import TraceError, mode
 from .groups import Gate, GroupLayout
+from .probe import cpu_inputs, difference, nested_masks, on_cpu, randomise, tensors
 from .shrink import named_tensors, shrink, zero_
 
-TOLERANCE = 1e-4
+TOLERANCE = 3e-5
 """Of the largest output, in float32 on the CPU; rounding stays below 1e-5 on the networks tried."""
 
 
@@ -39,6 +43,15 @@ class Verdict:
         return not self.refused and not self.attributes
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """What a forward pass raised, in which model, after how many calls of torch functions."""
+
+    error: Exception
+    model: nn.Module
+    calls: int
+
+
 class Trial:
     """Tries layouts of one model on copies of it; the model is left as it is.
 
@@ -49,39 +62,69 @@ class Trial:
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.model = model
         self.args, self.kwargs = cpu_inputs(args), cpu_inputs(kwargs)
-        self.shapes_only = _meta_twin(model)
-        self.meta_args = _to_meta((self.args, self.kwargs))
-        # Some forwards need values: a tensor turned into a number, a table kept outside buffers.
-        self.has_meta = self._fails(_meta_twin(model)) is None
+        self.inputs = _to_meta((self.args, self.kwargs))
+        self.device = "meta"
+        dense = _Constants()
+        if self._fails(self.stand_in(), dense) is not None:
+            # Some forwards need values: a tensor turned into a number, a table outside buffers.
+            self.device, self.inputs = "cpu", (self.args, self.kwargs)
+            dense = _Constants()
+            error = self._fails(self.stand_in(), dense)
+            if error is not None:
+                raise TraceError(
+                    f"model: a copy of {type(model).__name__} does not run on the CPU with the "
+                    f"example inputs: {type(error).__name__}: {error}"
+                ) from error
+        self.constants = dense.seen
+
+    def stand_in(self) -> nn.Module:
+        """A fresh copy of the model: without values, if it runs without."""
+        memo: dict[int, Tensor] = {}
+        if self.device == "meta":
+            for _, tensor in named_tensors(self.model):
+                empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+                if isinstance(tensor, nn.Parameter):
+                    empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                memo[id(tensor)] = empty
+        try:
+            twin = copy.deepcopy(self.model, memo)
+        except RuntimeError as error:
+            raise TraceError(
+                f"model: {type(self.model).__name__} cannot be copied, which shrinking needs: "
+                f"{error} (torch.nn.utils.weight_norm is such; use "
+                "torch.nn.utils.parametrizations.weight_norm)"
+            ) from error
+        for module in twin.modules():
+            if type(module) is nn.MultiheadAttention:
+                multihead.convert(module)
+        return twin if self.device == "meta" else on_cpu(twin)
 
     def __call__(self, layout: GroupLayout) -> Verdict:
         """What is wrong with ``layout``: first its shapes, then its numbers."""
         if not layout.gates:
             return Verdict()
-        if self.has_meta and not layout.as_graph:
+        if not layout.as_graph:
             verdict = self._shapes(layout)
             if not verdict.clean:
                 return verdict
         return Verdict(self._numbers(layout))
 
-    def _fails(self, model: nn.Module) -> Exception | None:
-        args, kwargs = self.meta_args
+    def _fails(self, model: nn.Module, constants: _Constants) -> Exception | None:
+        args, kwargs = self.inputs
         try:
-            with torch.device("meta"):
+            with torch.device(self.device), constants:
                 _run(model, args, kwargs)
         except Exception as error:
             return error
         return None
 
-    def _try(
-        self, layout: GroupLayout, gates: Iterable[Gate]
-    ) -> tuple[Exception, nn.Module] | None:
-        """The first failure of ``gates`` cut on the meta device, and the module that was run."""
+    def _try(self, layout: GroupLayout, gates: Iterable[Gate]) -> _Failure | None:
+        """The first failure of ``gates`` cut on the meta device."""
         for mask in list(nested_masks(layout, gates))[::2]:
-            small = shrink(self.shapes_only, layout, mask)
-            error = self._fails(small)
+            small, constants = shrink(self.stand_in(), layout, mask), _Constants(self.constants)
+            error = self._fails(small, constants)
             if error is not None:
-                return error, small
+                return _Failure(error, small, constants.calls)
         return None
 
     def _shapes(self, layout: GroupLayout) -> Verdict:
@@ -92,7 +135,7 @@ class Trial:
             failure = self._try(layout, left)
             if failure is None:
                 break
-            suspects = _near(*failure, left)
+            suspects = _near(failure.error, failure.model, left)
             families: dict[str, list[Gate]] = {}
             for gate in suspects:
                 families.setdefault(_family(gate), []).append(gate)
@@ -111,44 +154,42 @@ class Trial:
         """Integers that modules keep and that have to follow the width of ``gate``."""
         if gate.attributes:
             return None
-        known = _candidates(self.model, gate)
-        heads = tuple(entry for entry in known if entry[1] == 1)
-        for chosen in dict.fromkeys((known, heads, *((entry,) for entry in known[:4]))):
-            if not chosen:
-                continue
-            with_sizes = replace(gate, attributes=chosen)
-            gates = tuple(with_sizes if g is gate else g for g in layout.gates)
-            if self._try(replace(layout, gates=gates), [with_sizes]) is None:
-                return chosen
-        return None
+        left = dict(_candidates(self.model, gate))
+        chosen: dict[str, int] = {}
+        reached = self._reach(layout, gate, chosen)
+        # Greedily: the attribute that lets the forward pass get furthest, until it gets through.
+        while left and reached is not None:
+            tries = {name: self._reach(layout, gate, {**chosen, name: left[name]}) for name in left}
+            best = max(tries, key=lambda name: inf if tries[name] is None else tries[name])
+            if tries[best] is not None and tries[best] <= reached:
+                return None
+            reached = tries[best]
+            chosen[best] = left.pop(best)
+        return tuple(chosen.items()) if reached is None else None
+
+    def _reach(self, layout: GroupLayout, gate: Gate, attributes: dict[str, int]) -> int | None:
+        """Calls until the forward pass without channels of ``gate`` fails; None if it does not."""
+        with_sizes = replace(gate, attributes=tuple(attributes.items()))
+        gates = tuple(with_sizes if g is gate else g for g in layout.gates)
+        failure = self._try(replace(layout, gates=gates), [with_sizes])
+        return None if failure is None else failure.calls
 
     def _numbers(self, layout: GroupLayout) -> list[Gate]:
         """Gates of ``layout`` that do not shrink exactly, alone or together."""
-        try:
-            twin = self._twin(layout)
-        except RuntimeError as error:
-            raise _cannot_copy(self.model, error) from error
+        twin = self._twin(layout)
         previous = None
         for mask in nested_masks(layout, layout.gates):
             # Masks are nested, so each is compared at the width of the one before.
             zero_(twin, layout, mask)
             wide = twin if previous is None else _small(twin, layout, previous)
-            try:
-                expected = _run(wide, self.args, self.kwargs)
-            except Exception as error:
-                raise TraceError(
-                    f"model: a copy of {type(self.model).__name__} does not run on the CPU with "
-                    f"the example inputs: {type(error).__name__}: {error}"
-                ) from error
+            expected = _run(wide, self.args, self.kwargs)
             if not self._equal(expected, twin, layout, mask):
                 return self._search(layout, list(layout.gates))
             previous = mask
         return []
 
     def _twin(self, layout: GroupLayout) -> nn.Module:
-        twin = copy.deepcopy(self.model).to("cpu")
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()):
-            twin = twin.float()
+        twin = on_cpu(copy.deepcopy(self.model))
         randomise(twin, layout)
         return twin
 
@@ -176,29 +217,41 @@ class Trial:
         return found or gates
 
 
+class _Constants(TorchFunctionMode):
+    """The numbers a forward pass computes with, call by call; they must not follow the width.
+
+    Args:
+        expected: the numbers of the dense model; the first call with others raises ValueError.
+    """
+
+    ARITHMETIC = frozenset("add sub mul div truediv pow multiply divide true_divide".split())
+
+    def __init__(self, expected: list | None = None) -> None:
+        super().__init__()
+        self.expected = expected
+        self.seen: list = []
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Compare the numbers of a call, then make it."""
+        self.calls += 1
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        plain = name.removeprefix("r").removeprefix("i")
+        counts = (int, float) if plain in self.ARITHMETIC else float
+        numbers = [x for x in (*args, *kwargs.values())
+                   if isinstance(x, counts) and not isinstance(x, bool)]  # fmt: skip
+        if numbers:
+            if self.expected is not None:
+                place = len(self.seen)
+                if place >= len(self.expected) or self.expected[place] != (name, numbers):
+                    raise ValueError(f"{name} with {numbers}, a number that follows the width")
+            self.seen.append((name, numbers))
+        return func(*args, **kwargs)
+
+
 def _small(model: nn.Module, layout: GroupLayout, mask) -> nn.Module:
     return shrink(model, layout, mask, as_graph=layout.as_graph)
-
-
-def _cannot_copy(model: nn.Module, error: Exception) -> TraceError:
-    return TraceError(
-        f"model: {type(model).__name__} cannot be copied, which shrinking needs: {error} "
-        "(torch.nn.utils.weight_norm is such; use torch.nn.utils.parametrizations.weight_norm)"
-    )
-
-
-def _meta_twin(model: nn.Module) -> nn.Module:
-    """A copy without values."""
-    memo: dict[int, Tensor] = {}
-    for _, tensor in named_tensors(model):
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        if isinstance(tensor, nn.Parameter):
-            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = empty
-    try:
-        return copy.deepcopy(model, memo)
-    except RuntimeError as error:
-        raise _cannot_copy(model, error) from error
 
 
 def _to_meta(tree):
@@ -264,103 +317,9 @@ def _translated(source: Gate, target: Gate, attributes: tuple[tuple[str, int], .
     return tuple(result)
 
 
-def nested_masks(
-    layout: GroupLayout, gates: Iterable[Gate], seed: int = 0
-) -> Iterator[Tensor]:
-    """Masks that drop channels of ``gates`` only, each part of the one before: most of the channels
-    kept, some of them, a single one."""
-    generator = torch.Generator().manual_seed(seed)
-    masks = [torch.ones(layout.n_groups, dtype=torch.bool) for _ in range(3)]
-    for gate in gates:
-        order = gate.offset + torch.randperm(gate.n, generator=generator)
-        share = 0.5 + 0.4 * float(torch.rand((), generator=generator))
-        n = min(max(int(share * gate.n), 1), gate.n - 1)
-        for mask in masks:
-            mask[order[n:]] = False
-            n = max(n // 2, 1) if mask is masks[0] else 1
-    yield from masks
-
-
 def _run(model: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
     """Output tensors in eval mode, with the same random numbers every time."""
     evaluating = nullcontext() if isinstance(model, fx.GraphModule) else mode(model, training=False)
     with evaluating, torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return list(tensors(model(*args, **kwargs)))
-
-
-def difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """Largest difference, relative to the largest value of the same tensor; inf if shapes or
-    places that are not finite differ."""
-    if len(expected) != len(got):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(expected, got, strict=True):
-        if a.shape != b.shape or not torch.equal(torch.isfinite(a), torch.isfinite(b)):
-            return float("inf")
-        finite = torch.isfinite(a)
-        a, b = a[finite].double(), b[finite].double()
-        if a.numel() and (error := float((a - b).abs().max())):
-            worst = max(worst, error / max(float(a.abs().max()), 1e-300))
-    return worst
-
-
-def randomise(model: nn.Module, layout: GroupLayout) -> None:
-    """Values as after training, so that nothing hides: norms' weights and statistics random, and
-    so is every parameter that holds one value throughout (zero gammas, layer scales)."""
-    generator = torch.Generator().manual_seed(0)
-    stats = {s.tensor for gate in layout.gates for s in gate.slices if s.role == "stat"}
-    affine = {s.tensor for gate in layout.gates for s in gate.slices if s.role == "affine"}
-    seen = set()
-    for name, tensor in named_tensors(model):
-        if id(tensor) in seen or not tensor.is_floating_point() or not tensor.numel():
-            continue
-        seen.add(id(tensor))
-        flat = tensor.detach().reshape(-1)
-        parameter = isinstance(tensor, nn.Parameter)
-        constant = parameter and tensor.numel() > 1 and bool((flat == flat[0]).all())
-        noise = torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
-        with torch.no_grad():
-            if name in stats and not parameter:
-                # Statistics, not tables: what only ever is positive stays so.
-                tensor.mul_(0.5 + noise).add_(0.1 * noise)
-            elif name in affine or constant:
-                tensor.add_(noise - 0.5)
-
-
-def tensors(tree) -> Iterator[Tensor]:
-    """All tensors of nested containers; objects with attributes count as their ``__dict__``."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from tensors(value)
-    elif hasattr(tree, "__dict__"):
-        yield from tensors(vars(tree))
-
-
-def cpu_inputs(tree):
-    """Inputs to compare networks on: on the CPU, at least float32, and with something to see.
-
-    A floating tensor of one value throughout, such as ``torch.zeros`` to give a shape, becomes
-    noise in [0, 1).
-    """
-    if isinstance(tree, Tensor):
-        if not tree.is_floating_point():
-            return tree.detach().cpu()
-        x = tree.detach().to("cpu", torch.promote_types(tree.dtype, torch.float32))
-        if x.numel() > 1 and bool((x == x.flatten()[0]).all()):
-            generator = torch.Generator().manual_seed(0)
-            noise = torch.rand(x.shape, generator=generator, dtype=x.dtype)
-            x = torch.empty_like(x).copy_(noise)
-        return x
-    if isinstance(tree, dict):
-        return {key: cpu_inputs(value) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(cpu_inputs(value) for value in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(cpu_inputs(value) for value in tree)
-    return tree

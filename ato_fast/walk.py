@@ -15,8 +15,8 @@ from .capture import capture
 from .graph import values_of
 from .groups import ROLES
 from .labels import Labels, Value
+from .probe import tensors
 from .shrink import named_tensors
-from .verify import tensors
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Walk:
             self.canonical[name] = first.setdefault(id(tensor), name)
         own = dict(self.model.named_parameters(remove_duplicate=False))
         self.parameters = [n for n, c in self.canonical.items() if n == c and n in own]
+        self.labels.as_graph = self.as_graph
         self.labels.trainable = frozenset(self.parameters)
         inputs = [x for x in tensors((self.args, self.kwargs)) if x.dim()]
         self.labels.batch = inputs[0].shape[0] if inputs else 1

@@ -9,7 +9,7 @@ import torch
 import ato_fast as ato
 import ato_fast.methods.finish as finish_module
 from ato_fast.methods.finish import mask_sha256, relative_error
-from ato_fast.verify import cpu_inputs
+from ato_fast.probe import cpu_inputs
 from runs import EXAMPLE, HELD, Net, accuracy, new_run, train
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..groups import GroupLayout
+from ..probe import cpu_inputs
 from ..shrink import shrink, zero_
-from ..verify import cpu_inputs
 
 if TYPE_CHECKING:
     from .ato import ATO

@@ -141,6 +141,10 @@ def _slice(labels: Labels, out, x: Value, dim=0, start=None, end=None, step=1) -
     if equal and kept > 1 and n // kept <= MAX_PARTS:
         return result.with_dim(dim, *_parts(labels, x, dim, n // kept))
     stop = start + kept * step
+    if not labels.as_graph:
+        # Bounds in Python stay where they are: what lies before them can not go.
+        counted = n if stop < n else start
+        labels.block(x.atoms[dim][: min(counted, stop)], "cut out at a fixed place")
     return result.with_dim(dim, x.atoms[dim][start:stop:step], x.pins[dim][start:stop:step])
 
 

@@ -193,7 +193,7 @@ def assemble(walk: Walk, scope: str) -> GroupLayout:
     ]
     shapes = {name: tuple(t.shape) for name, t in named_tensors(walk.model)}
     group_of = group_of[root]
-    layout = GroupLayout(
+    return GroupLayout(
         gates=tuple(gates),
         unprunable=tuple(left_out),
         shapes=shapes,
@@ -202,19 +202,14 @@ def assemble(walk: Walk, scope: str) -> GroupLayout:
         scope=scope,
         model_name=type(walk.model).__name__,
         as_graph=walk.as_graph,
+        traced=Traced(walk.program, walk.values, walk.arguments, group_of),
     )
-    # Beside the plain data: what shrinking as a graph needs, in this process only.
-    traced = Traced(walk.program, walk.values, walk.arguments, group_of)
-    object.__setattr__(layout, "traced", traced)
-    return layout
 
 
 def refuse(walk: Walk, gate: Gate) -> None:
     """Never offer this gate again; where its channels come from a fold, another axis may serve."""
     labels = walk.labels
-    atoms = np.concatenate(
-        [labels.attached[s.tensor, s.dim][s.channels >= 0] for s in gate.slices]
-    )
+    atoms = np.concatenate([labels.attached[s.tensor, s.dim][s.channels >= 0] for s in gate.slices])
     mine = np.zeros(labels.n_atoms, dtype=bool)
     mine[walk.classes.root[atoms]] = True
     axes = [axis for axis in walk.classes.choices if mine[walk.classes.root[axis]].any()]

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .exchange import exchange
+from .fill import Fill, blocks_of, derivative
 from .groups import GroupLayout
 
 KINDS = ("macs", "params")
@@ -67,14 +69,13 @@ class Budget:
             return self.value
         return int(self.value * self.cost(layout))
 
-    def check(self, layout: GroupLayout, min_channels: int = 1) -> None:
+    def check(self, layout: GroupLayout) -> None:
         """Raise unless some mask meets the budget and the dense network does not.
 
         Raises:
-            ValueError: below the floor (every gate at ``min_channels``), which it names; not below
-                the dense network; a layout without gates.
+            ValueError: below the floor (every gate at the smallest of its ``layout.widths``), which
+                it names; not below the dense network; a layout without gates.
         """
-        _check_min_channels(min_channels)
         if not layout.gates:
             raise ValueError("layout: no gate, so nothing can be pruned; see layout.unprunable")
         target, dense = self.target(layout), self.cost(layout)
@@ -83,24 +84,25 @@ class Budget:
                 f"budget {self.kind}={self.value}: {target} is not below the dense network's "
                 f"{dense}, so there is nothing to prune"
             )
-        floor = self.cost(layout, _cheapest(self, layout, min_channels))
-        if floor > target:
+        lowest = floor(layout, self.kind)
+        if lowest > target:
+            steps = f" in multiples of {layout.round_to}" if layout.round_to > 1 else ""
             raise ValueError(
                 f"budget {self.kind}={self.value}: {target} is out of reach; with "
-                f"{min_channels} channel(s) per gate the floor is {floor} {self.kind} "
-                f"({floor / dense:.1%} of the dense network's {dense})"
+                f"{layout.min_channels} channel(s) per gate{steps} the floor is {lowest} "
+                f"{self.kind} ({lowest / dense:.1%} of the dense network's {dense})"
             )
 
-    def freeze(
-        self, layout: GroupLayout, logits: Tensor | np.ndarray, min_channels: int = 1
-    ) -> Tensor:
+    def freeze(self, layout: GroupLayout, logits: Tensor | np.ndarray) -> Tensor:
         """The mask that keeps the best groups the budget allows; deterministic.
 
-        Every gate keeps its ``min_channels`` best groups. The others are kept in descending order
-        of logit as long as the cost stays within the target, which is what bisecting a common
-        offset of all logits finds; then single groups that still fit are added in the same order,
-        so that the cost is as near to the target as single channels allow, and never above it. Ties
-        go to the lower index.
+        Every gate keeps one of its ``layout.widths``. It starts from the smallest, with its best
+        groups; the others wait in blocks that lead from one width to the next, best groups first
+        (with ``round_to`` 1 a block is one group). Blocks are kept in descending order of their
+        mean logit as long as the cost stays within the target, which is what bisecting a common
+        offset of all logits finds; then single blocks that still fit are added in the same order.
+        Blocks of several groups may leave a gap: `exchange` looks for widths that leave less.
+        The cost is never above the target. Ties go to the lower index.
 
         Args:
             logits: ``[n_groups]``, higher is more worth keeping.
@@ -119,57 +121,21 @@ class Budget:
             )
         if np.isnan(scores).any():
             raise ValueError(f"logits: {int(np.isnan(scores).sum())} of {scores.size} are NaN")
-        _check_min_channels(min_channels)
         target = self.target(layout)
-        order = np.argsort(-scores, kind="stable")
-        mask = _best_per_gate(layout, order, min_channels)
+        mask = _smallest(layout, np.argsort(-scores, kind="stable"))
         if self.cost(layout, mask) > target:
             # Groups of one gate may differ in cost: the best ones are too dear, the cheapest fit.
-            self.check(layout, min_channels)
-            mask = _cheapest(self, layout, min_channels)
-        order = torch.from_numpy(order[~mask.numpy()[order]])
-
-        def kept(k: int) -> Tensor:
-            trial = mask.clone()
-            trial[order[:k]] = True
-            return trial
-
-        fits, too_many = 0, len(order) + 1
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if self.cost(layout, kept(middle)) <= target:
-                fits = middle
-            else:
-                too_many = middle
-        mask = kept(fits)
-        self._fill(layout, mask, order[fits:], target)
+            self.check(layout)
+            mask = _cheapest(layout, self.kind)
+        mask = Fill(layout, self.kind, target, blocks_of(layout, scores, mask)).best(mask)
+        if layout.round_to > 1:
+            mask = exchange(layout, self.kind, target, scores, mask)
         return mask
 
-    def _fill(self, layout: GroupLayout, mask: Tensor, order: Tensor, target: int) -> None:
-        """Add the groups of ``order`` that still fit to ``mask``, in place.
 
-        Costs are products of kept sizes with positive coefficients, so what a group adds only grows
-        as others are kept, and its partial derivative is a lower bound of what it adds. One
-        gradient therefore rules out, for good, all groups that cannot fit any more. Groups of one
-        gate with the same derivative count as equal, so that one of them is tried for all.
-        """
-        if not len(order):
-            return
-        bound = _derivative(self, layout, mask)[order]
-        cost = self.cost(layout, mask)
-        gate_of = np.repeat(np.arange(len(layout.gates)), [gate.n for gate in layout.gates])
-        gates = gate_of[order.numpy()].tolist()
-        too_dear = set()
-        for group, gate, least in zip(order.tolist(), gates, bound.tolist(), strict=True):
-            if cost + least > target + 0.5 or (gate, least) in too_dear:
-                continue
-            mask[group] = True
-            grown = self.cost(layout, mask)
-            if grown <= target:
-                cost = grown
-            else:
-                mask[group] = False
-                too_dear.add((gate, least))
+def floor(layout: GroupLayout, kind: str) -> int:
+    """Smallest cost of any mask that keeps to ``layout.widths``; ``kind`` as `Budget.kind`."""
+    return getattr(layout, kind)(_cheapest(layout, kind) if layout.gates else None)
 
 
 def paper_ratio(ratio: float, total: float, gated: float) -> float:
@@ -192,32 +158,19 @@ def paper_ratio(ratio: float, total: float, gated: float) -> float:
     return converted
 
 
-def _check_min_channels(min_channels: int) -> None:
-    if isinstance(min_channels, bool) or not isinstance(min_channels, int) or min_channels < 1:
-        raise ValueError(f"min_channels: expected an int >= 1, got {min_channels!r}")
-
-
-def _derivative(budget: Budget, layout: GroupLayout, mask: Tensor) -> Tensor:
-    """Partial derivative of the cost by each mask entry, float64 ``[n_groups]``."""
-    soft = mask.to(torch.float64).requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(budget.cost(layout, soft), soft)
-    return gradient
-
-
-def _best_per_gate(layout: GroupLayout, order: np.ndarray, min_channels: int) -> Tensor:
-    """Mask of the first ``min_channels`` groups of every gate in ``order``."""
+def _smallest(layout: GroupLayout, order: np.ndarray) -> Tensor:
+    """Mask of every gate at its smallest width: the groups of it that come first in ``order``."""
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     mask = torch.zeros(layout.n_groups, dtype=torch.bool)
     for gate in layout.gates:
-        best = np.argsort(rank[gate.span])[:min_channels]
+        best = np.argsort(rank[gate.span])[: layout.widths(gate)[0]]
         mask[torch.from_numpy(best + gate.offset)] = True
     return mask
 
 
-def _cheapest(budget: Budget, layout: GroupLayout, min_channels: int) -> Tensor:
-    """Mask of the ``min_channels`` cheapest groups of every gate."""
+def _cheapest(layout: GroupLayout, kind: str) -> Tensor:
+    """Mask of every gate at its smallest width, with its cheapest groups."""
     dense = torch.ones(layout.n_groups, dtype=torch.bool)
-    gradient = _derivative(budget, layout, dense).numpy()
-    return _best_per_gate(layout, np.argsort(gradient, kind="stable"), min_channels)
+    gradient = derivative(layout, kind, dense).numpy()
+    return _smallest(layout, np.argsort(gradient, kind="stable"))

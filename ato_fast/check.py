@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .capture import mode
 from .groups import Gate, GroupLayout
-from .probe import cpu_inputs, difference, nested_masks, on_cpu, randomise, tensors
+from .probe import cpu_inputs, difference, in_dtype, nested_masks, on_cpu, randomise, tensors
 from .shrink import named_tensors, shrink, zero_
 
 OUTPUT_TOLERANCE = 1e-5
@@ -111,10 +111,21 @@ class _Bench:
         self.layout, self.args, self.kwargs = layout, args, kwargs
         self.model = on_cpu(copy.deepcopy(model))
         randomise(self.model, layout)
+        self.message = ""
+        # In float32 a gradient turns at every ReLU that rounding puts on the other side of zero.
+        double = in_dtype((args, kwargs), torch.float64)
+        try:
+            twin = copy.deepcopy(self.model).double()
+            if not layout.as_graph:
+                self.args, self.kwargs = double
+                self.whole = []
+                self.run(twin)
+                self.model = twin
+        except RuntimeError:
+            self.args, self.kwargs = args, kwargs
         # Token inputs have no gradient; parameters that nothing is cut from have.
         cut = {s.tensor for gate in layout.gates for s in gate.slices}
         self.whole = [n for n, _ in self.model.named_parameters() if n not in cut]
-        self.message = ""
 
     def errors(self, mask: Tensor) -> tuple[float, float]:
         """Relative errors of outputs and gradients under ``mask``."""

@@ -10,19 +10,25 @@ Unit: MACs, one multiply-add = 1. Source of ``counting="paper"``: ATO (CVPR 2024
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from .groups import Coverage
+
 if TYPE_CHECKING:
-    from .groups import GroupLayout
+    from .groups import GroupLayout, MacTerm
 
 COUNTINGS = ("model", "paper")
 
 
-class _Products:
-    """``sum_t coef_t * prod_{f in factors_t} size_f(mask)``, at most two varying sizes a term."""
+class Products:
+    """``sum_t coef_t * prod_{f in factors_t} size_f(mask)``, at most two varying sizes a term.
+
+    The sizes are ``base + weight @ mask``, float64 ``[1 + n_sizes]``; the first is the constant 1.
+    """
 
     def __init__(
         self, layout: GroupLayout, terms: list[tuple[float, list[tuple[str, int]]]]
@@ -74,14 +80,19 @@ class _Products:
         self.table = torch.from_numpy(table)
 
     def to(self, device: torch.device) -> None:
+        """Move the tables, in place."""
         if self.base.device != device:
             for name in ("base", "weight", "coef", "table"):
                 setattr(self, name, getattr(self, name).to(device))
 
+    def of_sizes(self, sizes: torch.Tensor) -> torch.Tensor:
+        """Totals ``[...]`` for kept sizes ``[..., 1 + n_sizes]``, the first of which is 1."""
+        return self.constant + (sizes[..., self.table].prod(dim=-1) * self.coef).sum(-1)
+
     def __call__(self, mask: torch.Tensor) -> torch.Tensor:
+        """Total for a mask ``[n_groups]``, 0-dim float64."""
         self.to(mask.device)
-        sizes = self.base + self.weight @ mask.to(torch.float64)
-        return self.constant + (self.coef * sizes[self.table].prod(dim=1)).sum()
+        return self.of_sizes(self.base + self.weight @ mask.to(torch.float64))
 
 
 class Cost:
@@ -109,8 +120,8 @@ class Cost:
                 terms.append((term.coef, list(term.dims)))
             if counting == "paper" and gated:
                 terms.append((3 * term.out_per_channel, [term.dims[0]]))
-        self._macs = _Products(layout, terms)
-        self._params = _Products(
+        self._macs = Products(layout, terms)
+        self._params = Products(
             layout,
             [
                 (1, [(name, dim) for dim in range(len(layout.shapes[name]))])
@@ -118,7 +129,11 @@ class Cost:
             ],
         )
 
-    def _count(self, products: _Products, mask) -> int | torch.Tensor:
+    def products(self, kind: str) -> Products:
+        """The closed form of ``"macs"`` or ``"params"``."""
+        return {"macs": self._macs, "params": self._params}[kind]
+
+    def _count(self, products: Products, mask) -> int | torch.Tensor:
         if mask is None:
             mask = torch.ones(self.layout.n_groups, dtype=torch.bool)
         mask = torch.as_tensor(mask)
@@ -145,3 +160,28 @@ class Cost:
     def params(self, mask: torch.Tensor | np.ndarray | None = None) -> int | torch.Tensor:
         """Number of parameters; arguments and return type as `macs`."""
         return self._count(self._params, mask)
+
+
+def dense_macs(layout: GroupLayout, term: MacTerm) -> int:
+    """Multiply-adds of one term with every channel kept."""
+    return term.coef * math.prod(layout.shapes[tensor][dim] for tensor, dim in term.dims)
+
+
+def gated_entries(layout: GroupLayout, tensor: str) -> int:
+    """Number of entries of ``tensor`` whose index lies in a gate along some dimension."""
+    shape = layout.shapes[tensor]
+    outside = math.prod(int((layout.groups_of(tensor, dim) < 0).sum()) for dim in range(len(shape)))
+    return math.prod(shape) - outside
+
+
+def coverage(layout: GroupLayout) -> Coverage:
+    """See `GroupLayout.coverage`."""
+    in_gate = {key for key in layout.slices_of if (layout.groups_of(*key) >= 0).any()}
+    reached = total = 0
+    for term in layout.mac_terms:
+        macs = dense_macs(layout, term)
+        total += macs
+        reached += macs * any(key in in_gate for key in term.dims)
+    entries = sum(gated_entries(layout, name) for name in layout.parameters)
+    size = sum(math.prod(layout.shapes[name]) for name in layout.parameters)
+    return Coverage(reached / max(total, 1), entries / max(size, 1))

@@ -72,6 +72,8 @@ def _slice(sizes: _Sizes, result: Value, args: list, source: Value) -> list:
     if atoms is None:
         return args
     n = len(atoms)
+    if len(args) > 4 and args[4] > 1:
+        return [*args[:3], int(sizes.alive(atoms).sum()), args[4]]
     start = 0 if start is None else max(start + n if start < 0 else start, 0)
     before = int(sizes.alive(atoms[:start]).sum())
     return [args[0], dim, before, before + sizes.kept(result, dim), *args[4:]]
@@ -110,7 +112,7 @@ def shrink_graph(model: nn.Module, layout: GroupLayout, mask) -> torch.fx.GraphM
 
     See `shrink` with ``as_graph=True``.
     """
-    traced: Traced | None = getattr(layout, "traced", None)
+    traced: Traced | None = layout.traced
     if traced is None:
         raise ValueError("layout: as_graph needs a layout that trace made in this process")
     kept = layout.kept_indices(mask)

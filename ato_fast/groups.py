@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +101,20 @@ class MacTerm:
     out_per_channel: int = 1
 
 
+class Coverage(NamedTuple):
+    """Shares of the whole model's MACs and parameters, in [0, 1]."""
+
+    macs: float
+    params: float
+
+
+def check_widths(min_channels: int, round_to: int) -> None:
+    """Raise ValueError unless both are ints >= 1."""
+    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class GroupLayout:
     """Gates and groups of one model, with everything left out and the reason for it.
@@ -111,6 +127,13 @@ class GroupLayout:
         mac_terms: multiply-adds of the whole model as products of kept channel counts.
         scope: ``inner`` or ``all``.
         as_graph: some gates shrink only as a graph (``shrink(..., as_graph=True)``).
+        traced: what shrinking as a graph needs, in the process that traced; None elsewhere.
+        min_channels, round_to: what `widths` allows whoever chooses a mask: at least so many
+            channels of every gate, and a multiple.
+
+    Raises:
+        ValueError: gates, channel maps and shapes disagree; ``min_channels`` or ``round_to`` is no
+            int >= 1.
     """
 
     gates: tuple[Gate, ...]
@@ -121,6 +144,9 @@ class GroupLayout:
     scope: str = "inner"
     model_name: str = "model"
     as_graph: bool = False
+    traced: object = field(default=None, repr=False)
+    min_channels: int = 1
+    round_to: int = 1
     slices_of: Mapping[tuple[str, int], tuple[tuple[Gate, Slice], ...]] = field(
         init=False, repr=False
     )
@@ -129,6 +155,7 @@ class GroupLayout:
     )
 
     def __post_init__(self) -> None:
+        check_widths(self.min_channels, self.round_to)
         offset = 0
         table: dict[tuple[str, int], list[tuple[Gate, Slice]]] = {}
         for gate in self.gates:
@@ -174,6 +201,32 @@ class GroupLayout:
         groups.flags.writeable = False
         self._groups_of[tensor, dim] = groups
         return groups
+
+    def widths(self, gate: Gate) -> list[int]:
+        """Numbers of channels that a mask may keep of ``gate``, ascending; the last is ``gate.n``.
+
+        The smallest width that is at least ``min_channels`` and gives every layer that produces the
+        channels a multiple of ``round_to`` rows, and the multiples of it above. (A channel is one
+        row, but a head of an attention is as many as it is wide.) The full width is always allowed,
+        and the only one for gates of fewer channels.
+        """
+        rows = {int((s.channels >= 0).sum()) // gate.n for s in gate.slices if s.in_group} or {1}
+        step = math.lcm(*(self.round_to // math.gcd(self.round_to, n) for n in rows))
+        least = -(-self.min_channels // step) * step
+        return [*range(least, gate.n, step), gate.n]
+
+    def tightened(self, min_channels: int = 1, round_to: int = 1) -> GroupLayout:
+        """This layout with stricter `widths`: the larger minimum, multiples of both roundings.
+
+        Raises:
+            ValueError: an argument is no int >= 1.
+        """
+        check_widths(min_channels, round_to)
+        least = max(self.min_channels, min_channels)
+        multiple = math.lcm(self.round_to, round_to)
+        if (least, multiple) == (self.min_channels, self.round_to):
+            return self
+        return replace(self, min_channels=least, round_to=multiple)
 
     def check_mask(self, mask: torch.Tensor | np.ndarray, name: str = "mask") -> torch.Tensor:
         """``mask`` as a tensor ``[n_groups]``.
@@ -230,7 +283,8 @@ class GroupLayout:
         return kept
 
     @cached_property
-    def _cost(self):
+    def cost(self):
+        """The `Cost` of this layout: MACs and parameters as functions of the mask."""
         from .cost import Cost
 
         return Cost(self)
@@ -240,21 +294,31 @@ class GroupLayout:
 
         Returns an int, or a 0-dim float64 tensor (differentiable) if ``mask`` is a floating tensor.
         """
-        return self._cost.macs(mask)
+        return self.cost.macs(mask)
 
     def params(self, mask=None):
         """Number of parameters of the whole model; return type as `macs`."""
-        return self._cost.params(mask)
+        return self.cost.params(mask)
+
+    def coverage(self) -> Coverage:
+        """How much of the model gates can make smaller: shares of MACs and parameters in [0, 1].
+
+        ``macs``: of the operations with at least one dimension in a gate. ``params``: of the
+        parameters (entries, not tensors) whose index lies in a gate along some dimension.
+        """
+        from .cost import coverage
+
+        return coverage(self)
 
     def verify(self, model, example_inputs: tuple, kwargs: dict | None = None, seed: int = 0):
         """Try this layout: cut at random, compare outputs and input gradients.
 
         Three nested masks of all gates (most channels, half of them, one each) are applied to a
-        copy of ``model`` on the CPU in float32, with random norms: zeroed there, cut from another
-        copy. Outputs have to agree to 1e-5 of the largest one, gradients of a fixed random
-        weighting of the outputs to 1e-4: with respect to every floating input, or, where there is
-        none (tokens), to the parameters that lose nothing. Where they do not, every gate is tried
-        alone.
+        copy of ``model`` on the CPU, in float64 where it runs in it, with random norms: zeroed
+        there, cut from another copy. Outputs have to agree to 1e-5 of the largest one, gradients of
+        a fixed random weighting of the outputs to 1e-4: with respect to every floating input, or,
+        where there is none (tokens), to the parameters that lose nothing. Where they do not, every
+        gate is tried alone.
 
         Args:
             model: the module this layout was traced from; left as it is.

@@ -191,9 +191,7 @@ class Labels:
         if self.counting:
             positions //= self.batch
             dims = tuple((weight.tensor, d) for d in range(len(weight.shape)))
-            self.products.append(
-                Product(weight.tensor, positions, dims, out_per_channel=positions)
-            )
+            self.products.append(Product(weight.tensor, positions, dims, out_per_channel=positions))
 
     def own(self, pins: np.ndarray | None, role: str) -> None:
         """The parameters behind these pins produce channels: they belong to the group."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,7 @@ from .groups import Gate, GroupLayout
 from .shrink import named_tensors
 
 
-def nested_masks(
-    layout: GroupLayout, gates: Iterable[Gate], seed: int = 0
-) -> Iterator[Tensor]:
+def nested_masks(layout: GroupLayout, gates: Iterable[Gate], seed: int = 0) -> Iterator[Tensor]:
     """Masks that drop channels of ``gates`` only, each part of the one before: most of the channels
     kept, some of them, a single one."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,25 +86,39 @@ def tensors(tree) -> Iterator[Tensor]:
         yield from tensors(vars(tree))
 
 
+def mapped(tree, function: Callable[[Tensor], Tensor]):
+    """Nested containers with ``function`` of every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: mapped(value, function) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(mapped(value, function) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(mapped(value, function) for value in tree)
+    return tree
+
+
+def in_dtype(tree, dtype: torch.dtype):
+    """Inputs with every floating tensor in ``dtype``."""
+    return mapped(tree, lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+
 def cpu_inputs(tree):
     """Inputs to compare networks on: on the CPU, at least float32, and with something to see.
 
     A floating tensor of one value throughout, such as ``torch.zeros`` to give a shape, becomes
     noise in [0, 1).
     """
-    if isinstance(tree, Tensor):
-        if not tree.is_floating_point():
-            return tree.detach().cpu()
-        x = tree.detach().to("cpu", torch.promote_types(tree.dtype, torch.float32))
+
+    def seen(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x.detach().cpu()
+        x = x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32))
         if x.numel() > 1 and bool((x == x.flatten()[0]).all()):
             generator = torch.Generator().manual_seed(0)
             noise = torch.rand(x.shape, generator=generator, dtype=x.dtype)
             x = torch.empty_like(x).copy_(noise)
         return x
-    if isinstance(tree, dict):
-        return {key: cpu_inputs(value) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(cpu_inputs(value) for value in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(cpu_inputs(value) for value in tree)
-    return tree
+
+    return mapped(tree, seen)

@@ -13,7 +13,7 @@ from torch import nn
 
 from .assemble import assemble, refuse
 from .capture import TraceError, check_plain, same_in_training
-from .groups import GroupLayout
+from .groups import GroupLayout, check_widths
 from .verify import Trial
 from .walk import Walk
 
@@ -28,6 +28,8 @@ def trace(
     kwargs: dict | None = None,
     as_graph: bool = False,
     gates: Mapping[str, Sequence[tuple]] = MappingProxyType({}),
+    min_channels: int = 1,
+    round_to: int = 1,
 ) -> GroupLayout:
     """Find the zero-invariant groups of ``model``.
 
@@ -49,6 +51,8 @@ def trace(
             ``{"mid": [("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)]}``. The role defaults
             to ``row`` along dimension 0 and ``input`` along others; see `Slice`. They are checked
             like all others.
+        min_channels: every mask chosen for the layout keeps at least so many channels of each gate.
+        round_to: and a multiple of so many (8 suits tensor cores), or all channels of the gate.
 
     Returns:
         The layout; ``layout.unprunable`` lists every parameter left out, with the reason.
@@ -69,13 +73,14 @@ def trace(
         raise TypeError(f"ignore: expected a list of names, got {ignore!r}")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise TypeError(f"kwargs: expected a dict, got {type(kwargs).__name__}")
+    check_widths(min_channels, round_to)
     walk = Walk(model, tuple(example_inputs), dict(kwargs or {}), as_graph)
     walk.ignore(ignore)
     walk.declare(gates)
     walk.run(training=False)
     trial = Trial(model, walk.args, walk.kwargs)
     # Training may read channels that evaluation never shows: auxiliary heads, extra outputs.
-    if not (trial.has_meta and same_in_training(trial.shapes_only, *trial.meta_args)):
+    if trial.device != "meta" or not same_in_training(trial.stand_in(), *trial.inputs):
         try:
             walk.run(training=True)
         except TraceError as error:
@@ -85,7 +90,7 @@ def trace(
         layout = assemble(walk, scope)
         verdict = trial(layout)
         if verdict.clean:
-            return layout
+            return layout.tightened(min_channels, round_to)
         for gate in verdict.refused:
             if gate.name in walk.declared:
                 raise ValueError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
+
+from ato_fast.groups import Gate, GroupLayout, MacTerm, Slice
 
 
 def randomise_norms(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -73,3 +76,37 @@ class Forward(nn.Module):
 
     def forward(self, *args):
         return self.function(self.parts, *args)
+
+
+def chain_layout(widths=(8, 12, 6), size=(16, 4, 1)):
+    """Convolutions 3 -> widths -> 5 in a row, each width a gate; no torch module involved."""
+    shapes, terms, gates, parameters = {}, [], [], []
+    channels = [3, *widths, 5]
+    for i, (c_in, c_out) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+        shapes[f"conv{i}.weight"] = (c_out, c_in, 3, 3)
+        parameters.append(f"conv{i}.weight")
+        area = size[min(i, len(size) - 1)]
+        terms.append(
+            MacTerm(f"conv{i}", 9 * area, ((f"conv{i}.weight", 0), (f"conv{i}.weight", 1)), area)
+        )
+    offset = 0
+    for i, n in enumerate(widths):
+        gates.append(
+            Gate(
+                f"conv{i}",
+                n,
+                (
+                    Slice(f"conv{i}.weight", 0, np.arange(n), "row", gated=True),
+                    Slice(f"conv{i + 1}.weight", 1, np.arange(n), "input"),
+                ),
+                offset,
+            )
+        )
+        offset += n
+    return GroupLayout(
+        gates=tuple(gates),
+        unprunable=(),
+        shapes=shapes,
+        parameters=tuple(parameters),
+        mac_terms=tuple(terms),
+    )

@@ -149,8 +149,9 @@ def test_an_unfinished_run_is_not_overwritten_unasked(tmp_path, capsys):
     [
         ["--params", "0.6", "--scope", "all", "--optimizer", "adamw", "--schedule", "fast"],
         ["--macs", "6000000", "--fidelity", "paper", "--label-smoothing", "0.1"],
+        ["--macs", "0.6", "--scope", "all", "--round-to", "4"],
     ],
-    ids=["params-all-adamw-fast", "absolute-paper"],
+    ids=["params-all-adamw-fast", "absolute-paper", "rounded"],
 )
 def test_other_options_run(tmp_path, options):
     arguments = ["train", "--data", "digits", "--model", "resnet20", "--no-dense", *QUICK]
@@ -160,24 +161,8 @@ def test_other_options_run(tmp_path, options):
     assert figures["dense"]["accuracy"] is None and figures["seed"] == 3
     if "paper" not in options:
         assert figures["budget"]["met"]
-
-
-def test_inspect_prints_and_writes_the_layout(tmp_path):
-    done = command("inspect", "resnet20", "--data", "digits", "--json", "l.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    layout = json.loads((tmp_path / "l.json").read_text())
-    assert len(layout["gates"]) == 9 and layout["n_groups"] == 3 * (16 + 32 + 64)
-    for gate in layout["gates"]:
-        assert gate["name"] in done.stdout
-    assert f"{layout['macs']:,} MACs" in done.stdout
-    assert {"fc.weight", "conv1.weight"} <= {u["tensor"] for u in layout["unprunable"]}
-    assert "reaches the model output" in done.stdout
-
-
-def test_inspect_scope_all_offers_residual_channels(capsys):
-    assert main(["inspect", "resnet20", "--scope", "all"]) == 0
-    inner = capsys.readouterr().out
-    assert "scope 'all'" in inner and "a residual add couples" not in inner
+    if "--round-to" in options:
+        assert all(gate["after"] % 4 == 0 for gate in figures["widths"])
 
 
 BAD = {
@@ -188,7 +173,9 @@ BAD = {
     "budget-above": (["--macs", "1.5"], "fraction in (0, 1)"),
     "budget-not-below": (["--macs", "999999999"], "nothing to prune"),
     "budget-text": (["--macs", "half"], "expected a fraction"),
-    "min-channels": (["--min-channels", "0"], "min_channels"),
+    "min-channels": (["--min-channels", "0"], "min_channels: expected an int >= 1, got 0"),
+    "round-to": (["--round-to", "0"], "round_to: expected an int >= 1, got 0"),
+    "round-to-floor": (["--round-to", "64"], "in multiples of 64 the floor is 10130048"),
     "epochs": (["--epochs", "0"], "epochs: expected at least 1, got 0"),
     "too-short": (["--epochs", "1", "--batch-size", "1280"], "train for longer"),
     "batch": (["--batch-size", "-3"], "batch_size: expected at least 1, got -3"),
@@ -219,18 +206,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, op
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [
-        (["inspect", "resnet19"], "did you mean"),
-        (["inspect", "resnet20", "--input-size", "32x32"], "expected channels x height x width"),
-        (["inspect", "resnet20", "--classes", "0"], "--classes: expected at least 1, got 0"),
-        (["inspect", "resnet20", "--data", "cifar1"], "did you mean cifar10"),
-        (["inspect"], "required: MODEL"),
-        ([], "expected a command"),
-        (["frobnicate"], "invalid choice"),
-    ],
-    ids=["model", "size", "classes", "data", "none", "no-command", "command"],
+    [([], "expected a command"), (["frobnicate"], "invalid choice")],
+    ids=["no-command", "command"],
 )
-def test_bad_input_to_inspect(arguments, message, capsys):
+def test_bad_commands(arguments, message, capsys):
     try:
         code = main(arguments)
     except SystemExit as stop:

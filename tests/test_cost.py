@@ -1,5 +1,6 @@
 """MACs and parameters against torch's counters and the published figures."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -7,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ato_fast as ato
 from ato_fast.cost import Cost
+from ato_fast.groups import Gate, GroupLayout, MacTerm, Slice
 from nets import Residual, random_mask
 
 
@@ -105,3 +107,38 @@ def test_products_of_activations_are_counted():
 
     model, x = Attention(), torch.randn(2, 10, 8)
     assert ato.trace(model, (x,)).macs() == counted(model, x)
+
+
+def test_coverage_counts_operations_in_full_and_parameters_entry_by_entry():
+    """The inner gate narrows inner's rows and outer's columns, and nothing of stem and head."""
+    layout = ato.trace(Residual(), (torch.randn(1, 3, 8, 8),))
+    stem, inner, outer, head = 3 * 8 * 9 * 64, 8 * 6 * 9 * 64, 6 * 8 * 9 * 64, 8 * 5
+    total = stem + inner + outer + head
+    assert layout.macs() == total
+    assert layout.coverage().macs == pytest.approx((inner + outer) / total, rel=1e-12)
+    reached = (8 * 6 * 9 + 2 * 6) + 6 * 8 * 9
+    assert layout.coverage().params == pytest.approx(reached / layout.params(), rel=1e-12)
+
+
+def test_coverage_of_a_tensor_that_is_in_a_gate_in_part():
+    """5 of 8 rows and 2 of 4 columns: 8 * 4 - 3 * 2 entries; another tensor is outside."""
+    rows = np.array([0, 1, 2, 3, 4, -1, -1, -1])
+    columns = np.array([-1, 0, 1, -1])
+    gates = (
+        Gate("a", 5, (Slice("w", 0, rows, "row"),), 0),
+        Gate("b", 2, (Slice("w", 1, columns, "input"),), 5),
+    )
+    terms = (
+        MacTerm("w", 3, (("w", 0), ("w", 1))),
+        MacTerm("v", 4, ()),
+        MacTerm("s", 10, (("s", 0),)),
+    )
+    shapes = {"w": (8, 4), "s": (6,), "buffer": (100,)}
+    layout = GroupLayout(gates, (), shapes, ("w", "s"), terms)
+    assert layout.coverage() == (96 / (96 + 4 + 60), 26 / 38)
+
+
+def test_coverage_without_gates_and_without_parameters():
+    assert GroupLayout((), (), {}, (), ()).coverage() == (0.0, 0.0)
+    layout = ato.trace(torch.nn.Linear(4, 2), (torch.randn(1, 4),))
+    assert layout.coverage() == (0.0, 0.0)

@@ -74,11 +74,62 @@ def test_digest_tells_layouts_apart(layout):
     assert layout.sha256 != ato.trace(Plain(), (torch.randn(1, 3, 8, 8),)).sha256
 
 
+def small_layout(n=20, **options):
+    return GroupLayout(
+        (Gate("w", n, (Slice("w", 0, np.arange(n), "row"),), 0),), (), {"w": (n, 2)}, ("w",), (),
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({}, list(range(1, 21))),
+        ({"min_channels": 17}, [17, 18, 19, 20]),
+        ({"round_to": 8}, [8, 16, 20]),
+        ({"round_to": 8, "min_channels": 9}, [16, 20]),
+        ({"round_to": 10}, [10, 20]),
+        ({"round_to": 16, "min_channels": 17}, [20]),
+        ({"round_to": 64}, [20]),
+        ({"min_channels": 21}, [20]),
+    ],
+    ids=str,
+)
+def test_widths(options, widths):
+    layout = small_layout(**options)
+    assert layout.widths(layout.gates[0]) == widths
+
+
+@pytest.mark.parametrize("name", ["min_channels", "round_to"])
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "8", None])
+def test_bad_widths(name, bad):
+    with pytest.raises(ValueError, match=rf"{name}: expected an int >= 1, got {bad!r}"):
+        small_layout(**{name: bad})
+    with pytest.raises(ValueError, match=rf"{name}: expected an int >= 1, got {bad!r}"):
+        small_layout().tightened(**{name: bad})
+    with pytest.raises(ValueError, match=rf"{name}: expected an int >= 1, got {bad!r}"):
+        ato.trace(Plain(), (torch.randn(1, 3, 8, 8),), **{name: bad})
+
+
+def test_tightened_never_loosens():
+    layout = small_layout(min_channels=3, round_to=4)
+    assert layout.tightened() is layout
+    assert layout.tightened(2, 2) is layout
+    both = layout.tightened(min_channels=5, round_to=6)
+    assert (both.min_channels, both.round_to) == (5, 12)
+    assert both.sha256 == layout.sha256 and both.widths(both.gates[0]) == [12, 20]
+
+
+def test_trace_hands_the_widths_on():
+    layout = ato.trace(Plain(), (torch.randn(1, 3, 8, 8),), min_channels=3, round_to=2)
+    assert layout.widths(layout.gate("a.0")) == [4, 6, 8]
+
+
 def test_print_shows_gates_coverage_and_reasons():
     layout = ato.trace(Residual(), (torch.randn(1, 3, 8, 8),))
     text = str(layout)
     assert "1 gates, 6 groups" in text
     assert "inner.0" in text and "outer.0" in text
-    assert "within reach of a gate" in text
+    assert "gates can remove from" in text
     assert "a residual add couples these channels" in text
-    assert "reaches the model output: head.weight, head.bias (2)" in text
+    assert "reaches the model output: head.weight, head.bias" in text

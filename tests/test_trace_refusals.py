@@ -96,9 +96,15 @@ def test_prelu_slopes_follow_their_channels():
         (lambda m, y: torch.cat([y, torch.ones(2, 8, 8, 8)], 2), "channels that are fixed"),
         (lambda m, y: torch.clamp_min(y, 0.5), "clamp at 0.5"),
         (lambda m, y: torch.div(y - 1, 2, rounding_mode="floor"), "this division"),
-        (lambda m, y: y.mean((2, 3))[:, :, None, None] + y.mean(1, keepdim=True), "a mean counts these"),
+        (
+            lambda m, y: y.mean((2, 3))[:, :, None, None] + y.mean(1, keepdim=True),
+            "a mean counts these",
+        ),
         (lambda m, y: F.layer_norm(y, (8,), bias=torch.ones(8)), "LayerNorm shifts 0"),
-        (lambda m, y: F.linear(y.mT.transpose(1, 3), torch.ones(8, 8)), "together with a size that is fixed"),
+        (
+            lambda m, y: F.linear(y.mT.transpose(1, 3), torch.ones(8, 8)),
+            "together with a size that is fixed",
+        ),
     ],
 )
 def test_pins_and_places_that_are_lost(function, words):

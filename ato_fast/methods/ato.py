@@ -46,11 +46,10 @@ class ATO:
             trained on (see `hold_out`). A plain attribute: may be set before the first step.
         controller_loss: ``(model, batch) -> scalar``; default: cross-entropy of ``(x, y)``. Gets
             the model masked and in eval mode.
-        scope: ``"inner"`` or ``"all"``, as for `trace`.
+        scope, min_channels, round_to: as for `trace`.
         fidelity: ``"default"`` or ``"paper"`` (see the module's docstring and `Search`).
-        min_channels: channels every gate keeps at least.
         seed: of the controller, its noise and its data order. Equal on every rank.
-        layout: a traced layout, to trace once for several runs.
+        layout: a traced layout, to trace once for several runs; `GroupLayout.tightened` if need be.
 
     Raises:
         ValueError: a bad argument, or a budget out of reach (its floor is named).
@@ -69,6 +68,7 @@ class ATO:
         scope: str = "inner",
         fidelity: str = "default",
         min_channels: int = 1,
+        round_to: int = 1,
         seed: int = 0,
         layout: GroupLayout | None = None,
     ) -> None:
@@ -77,7 +77,8 @@ class ATO:
                 raise TypeError(f"{name}: expected an ato.{kind.__name__}, got {value!r}")
         if layout is None:
             layout = trace(model, example_inputs, scope=scope)
-        budget.check(layout, min_channels)
+        layout = layout.tightened(min_channels, round_to)
+        budget.check(layout)
         self.model = model
         self.example_inputs = tuple(example_inputs)
         self.layout = layout
@@ -87,9 +88,7 @@ class ATO:
         self.controller_loss = controller_loss or cross_entropy
         self.fidelity = fidelity
         self.seed = seed
-        self.search = Search(
-            model, layout, budget, fidelity=fidelity, min_channels=min_channels, seed=seed
-        )
+        self.search = Search(model, layout, budget, fidelity=fidelity, seed=seed)
         self.optimizer = _optimizer(optimizer, model, layout)
         self.mask = torch.ones(layout.n_groups, dtype=torch.bool)
         self.frozen = False
@@ -222,9 +221,8 @@ class ATO:
         elif t >= steps.freeze:
             self._threshold = norms / (steps.zero_by - t)
         else:
-            self._threshold = norms * (
-                self.schedule.pull / max(1, steps.freeze - steps.projection_start)
-            )
+            n_steps = max(1, steps.freeze - steps.projection_start)
+            self._threshold = norms * (self.schedule.pull / n_steps)
 
     def _share_of_gate(self) -> Tensor:
         """Published weight per group: dropped groups of its gate over all dropped groups."""
@@ -324,7 +322,8 @@ class ATO:
                 **{f"schedule.{name}": value for name, value in self.schedule.state().items()},
                 "budget": [self.budget.kind, self.budget.value],
                 "fidelity": self.fidelity,
-                "min_channels": self.search.min_channels,
+                "min_channels": self.layout.min_channels,
+                "round_to": self.layout.round_to,
                 "seed": self.seed,
                 "optimizer": type(self.optimizer).__name__,
             }
@@ -343,7 +342,8 @@ class ATO:
                 "state: it belongs to another layout: another model, width or scope; resume with "
                 "the arguments the run was started with"
             )
-        theirs, mine = state["arguments"], self._arguments()
+        # States of version 0.1 name no round_to.
+        theirs, mine = {"round_to": 1, **state["arguments"]}, self._arguments()
         for name in sorted(mine.keys() | theirs.keys()):
             if theirs.get(name) != mine.get(name):
                 raise ValueError(

@@ -38,7 +38,6 @@ class Search:
         fidelity: ``"default"``: one hard Gumbel draw for both loss terms, whole-model cost.
             ``"paper"``: a soft draw for the task loss, an independent hard one for the cost, which
             counts the gated part as published, against the converted ratio.
-        min_channels: every mask keeps at least so many channels per gate.
         seed: of controller and data order.
 
     Raises:
@@ -52,7 +51,6 @@ class Search:
         budget: Budget,
         *,
         fidelity: str = "default",
-        min_channels: int = 1,
         seed: int = 0,
     ) -> None:
         if fidelity not in FIDELITIES:
@@ -62,7 +60,6 @@ class Search:
         self.layout = layout
         self.budget = budget
         self.fidelity = fidelity
-        self.min_channels = min_channels
         self.gates = Gates(model, layout)
         widths = [gate.n for gate in layout.gates]
         device = next(model.parameters()).device
@@ -136,12 +133,13 @@ class Search:
         logit below `LIKELY`) *and* a freeze now would drop it too. So an unconverged controller,
         whose masks are all ones, drops nothing, and one that has overshot its budget never pulls at
         groups the frozen mask would keep. No noise, so a group does not flicker between epochs.
-        Paper: one random draw.
+        It need not keep to ``layout.widths``, as nothing is cut by it. Paper: one random draw, at
+        the nearest widths.
         """
         logits = self.controller.logits()
         if self.fidelity == "paper":
             mask = relax(logits + self.controller.noise(), hard=True).bool().cpu()
-            return self._at_least(mask, logits)
+            return self._to_width(mask, logits)
         return (logits >= LIKELY).cpu() | self.frozen_mask()
 
     @torch.no_grad()
@@ -154,15 +152,22 @@ class Search:
         logits = self.controller.logits().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError("controller: its logits are not finite, so no mask is defined")
-        return self.budget.freeze(self.layout, logits, self.min_channels)
+        return self.budget.freeze(self.layout, logits)
 
-    def _at_least(self, mask: Tensor, logits: Tensor) -> Tensor:
-        """``mask`` with the best groups of a gate added where fewer than min_channels are kept."""
-        logits = logits.cpu()
+    def _to_width(self, mask: Tensor, logits: Tensor) -> Tensor:
+        """``mask`` with every gate at the nearest of its ``layout.widths``, the wider of two.
+
+        The best groups are added, or the worst of those kept dropped.
+        """
+        mask, logits = mask.clone(), logits.cpu()
         for gate in self.layout.gates:
-            best = logits[gate.span].argsort(descending=True, stable=True)[: self.min_channels]
-            if int(mask[gate.span].sum()) < len(best):
-                mask[best + gate.offset] = True
+            kept = mask[gate.span]
+            n = int(kept.sum())
+            width = min(self.layout.widths(gate), key=lambda w: (abs(w - n), -w))
+            best = logits[gate.span].argsort(descending=True, stable=True)
+            order = torch.cat([best[kept[best]], best[~kept[best]]])
+            mask[gate.offset + order[:width]] = True
+            mask[gate.offset + order[width:]] = False
         return mask
 
     def state_dict(self) -> dict:

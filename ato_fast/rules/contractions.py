@@ -223,4 +223,3 @@ def _recurrent(labels: Labels, out, *args, **kwargs) -> list[Value]:
 
     block(args)
     return [Value.plain(shape) for shape in out]
-

@@ -140,12 +140,21 @@ def _slice(labels: Labels, out, x: Value, dim=0, start=None, end=None, step=1) -
     equal = kept and step == 1 and n % kept == 0 and start % kept == 0
     if equal and kept > 1 and n // kept <= MAX_PARTS:
         return result.with_dim(dim, *_parts(labels, x, dim, n // kept))
-    stop = start + kept * step
+    if step > 1:
+        # Every step-th: whole runs of them go, or none.
+        if n % step or start >= step or kept != n // step or kept < 2:
+            return drop(labels, x, [dim], "strided over these channels").reshaped(
+                out[0], range(len(x.shape))
+            )
+        atoms, pins = labels.split(x.atoms[dim], x.pins[dim], (kept, step))
+        labels.block(atoms[1], "strided over these channels")
+        return result.with_dim(dim, atoms[0], pins[0])
+    stop = start + kept
     if not labels.as_graph:
         # Bounds in Python stay where they are: what lies before them can not go.
         counted = n if stop < n else start
         labels.block(x.atoms[dim][: min(counted, stop)], "cut out at a fixed place")
-    return result.with_dim(dim, x.atoms[dim][start:stop:step], x.pins[dim][start:stop:step])
+    return result.with_dim(dim, x.atoms[dim][start:stop], x.pins[dim][start:stop])
 
 
 @rule("select")

@@ -123,9 +123,7 @@ def _repeat_interleave(labels: Labels, out, x: Value, repeats, dim=None, **kwarg
     result = x.reshaped(out[0], range(len(x.shape)))
     if x.atoms[dim] is None:
         return result
-    return result.with_dim(
-        dim, np.repeat(x.atoms[dim], repeats), np.repeat(x.pins[dim], repeats)
-    )
+    return result.with_dim(dim, np.repeat(x.atoms[dim], repeats), np.repeat(x.pins[dim], repeats))
 
 
 @rule("pixel_shuffle")

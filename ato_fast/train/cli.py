@@ -1,7 +1,8 @@
 """The command line: ``ato-fast train`` and ``ato-fast inspect``.
 
-Exit code 0: done. 1: a defect of ours, with a traceback. 2: something given does not work; one line
-on stderr says what, and nothing half-written is left.
+Exit code 0: done. 1: ``inspect --verify`` found a difference; or a defect of ours, with a
+traceback. 2: something given does not work; one line on stderr says what, and nothing half-written
+is left.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         default="default",
         help="paper: the published controller and strengths, and a random frozen mask",
     )
-    add("--min-channels", type=int, default=1, help="channels every gate keeps at least")
+    _add_widths(train)
     add("--held-out", type=float, default=0.05, help="share of the data the controller sees")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and controller")
     add("--no-dense", action="store_true", help="do not train the dense twin")
@@ -124,20 +125,39 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     add("--data", help="take image shape and number of classes from this dataset")
     add("--input-size", type=_shape, metavar="CxHxW", help="image shape, e.g. 3x224x224")
     add("--classes", type=int, help="number of classes")
-    add("--scope", choices=("inner", "all"), default="inner")
-    add("--json", type=Path, metavar="FILE")
+    add("--scope", choices=("inner", "all"), default="inner", help="all: also residual channels")
+    add(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="modules or parameters whose channels stay whole; shell patterns such as 'layer1.*'",
+    )
+    _add_widths(inspect)
+    add("--verify", action="store_true", help="cut every gate out of a copy and compare outputs")
+    add("--json", type=Path, metavar="FILE", help="write all of it there")
+    add(
+        "--graph", type=Path, metavar="FILE", help="draw the gates and their coupling; .svg or .png"
+    )
     inspect.set_defaults(run=_inspect)
+
+
+def _add_widths(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--min-channels", type=int, default=1, help="channels every gate keeps at least")
+    add(
+        "--round-to", type=int, default=1, metavar="K", help="keep multiples of K channels per gate"
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
     with _refusing(ValueError, OSError):
         from .job import prepare
-        from .settings import check_writable
         from .table import closing_table
 
         if arguments.json:
-            _check_json(arguments.json)
-            check_writable("--json", arguments.json.parent)
+            _check_file("--json", arguments.json)
         job = prepare(_settings(arguments), _place(arguments))
     with _refusing(FloatingPointError, OSError):
         result = job.run(tell=lambda line: print(line, file=sys.stderr))
@@ -165,6 +185,7 @@ def _settings(arguments: argparse.Namespace):
         controller_steps=arguments.controller_steps,
         fidelity=arguments.fidelity,
         min_channels=arguments.min_channels,
+        round_to=arguments.round_to,
         held_out=arguments.held_out,
         seed=_seed(arguments.seed),
         dense=not arguments.no_dense,
@@ -196,18 +217,53 @@ def _inspect(arguments: argparse.Namespace) -> int:
         import torch
 
         from .. import trace
+        from ..describe import describe
+        from ..report import terminal_width, text_of
         from . import models
 
         shape, n_classes = _input_of(arguments)
         if arguments.json:
-            _check_json(arguments.json)
+            _check_file("--json", arguments.json)
+        if arguments.graph:
+            kind = _picture_kind(arguments.graph)
         model = models.build(arguments.model, n_classes, shape[0], shape[1:])
-        layout = trace(model, (torch.zeros(2, *shape),), scope=arguments.scope)
+        inputs = (torch.zeros(2, *shape),)
+        layout = trace(
+            model,
+            inputs,
+            scope=arguments.scope,
+            ignore=arguments.ignore,
+            min_channels=arguments.min_channels,
+            round_to=arguments.round_to,
+        )
+    content = {"model": arguments.model, "input": list(shape), **describe(layout)}
+    lines, code = [text_of(content, layout.model_name, terminal_width())], 0
+    if arguments.verify:
+        verified = layout.verify(model, inputs)
+        failures = [str(failure) for failure in verified.failures]
+        content["verify"] = {"ok": bool(verified.ok), "failures": failures}
+        lines += ["", str(verified)]
+        code = 0 if verified.ok else 1
+    with _refusing(OSError):
         if arguments.json:
-            content = {"model": arguments.model, "input": list(shape), **_layout_json(layout)}
             _write_json(arguments.json, content)
-    print(layout)
-    return 0
+        if arguments.graph:
+            from ..picture import draw
+
+            _write("--graph", arguments.graph, draw(content, arguments.model, kind))
+    print("\n".join(lines))
+    return code
+
+
+def _picture_kind(path: Path) -> str:
+    """``svg`` or ``png``, by the name of the file."""
+    from ..picture import FORMATS
+
+    _check_file("--graph", path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise ValueError(f"--graph {path}: expected a file name that ends in .svg or .png")
+    return kind
 
 
 def _input_of(arguments: argparse.Namespace) -> tuple[tuple[int, int, int], int]:
@@ -227,44 +283,26 @@ def _input_of(arguments: argparse.Namespace) -> tuple[tuple[int, int, int], int]
     return arguments.input_size or shape, n_classes
 
 
-def _layout_json(layout) -> dict[str, Any]:
-    from ..report import coverage
+def _check_file(option: str, path: Path) -> None:
+    from .settings import check_writable
 
-    macs_frac, params_frac = coverage(layout)
-    return {
-        "scope": layout.scope,
-        "n_groups": layout.n_groups,
-        "macs": layout.macs(),
-        "params": layout.params(),
-        "reachable_macs_frac": macs_frac,
-        "reachable_params_frac": params_frac,
-        "gates": [
-            {
-                "name": gate.name,
-                "n": gate.n,
-                "residual": gate.residual,
-                "slices": [[s.tensor, s.dim, s.role] for s in gate.slices],
-            }
-            for gate in layout.gates
-        ],
-        "unprunable": [{"tensor": u.tensor, "reason": u.reason} for u in layout.unprunable],
-    }
-
-
-def _check_json(path: Path) -> None:
+    check_writable(option, path.parent)
     if path.is_dir():
-        raise ValueError(f"--json {path}: is a folder, expected a file name")
+        raise ValueError(f"{option} {path}: is a folder, expected a file name")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write("--json", path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _write(option: str, path: Path, content: bytes) -> None:
     from .checkpoint import write_atomically
 
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write_text(text))
+        write_atomically(path, lambda file: file.write_bytes(content))
     except OSError as error:
-        raise OSError(f"--json {path}: {error.strerror}") from error
+        raise OSError(f"{option} {path}: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -151,7 +151,6 @@ class Job:
             controller_data=self.batches(held, training=True, seed=1),
             scope=settings.scope,
             fidelity=settings.fidelity,
-            min_channels=settings.min_channels,
             seed=settings.seed,
             layout=self.layout,
         )
@@ -187,8 +186,14 @@ def prepare(settings: Settings, place: Place) -> Job:
     channels, *size = data.shape
     torch.manual_seed(derive(settings.seed, 0))
     model = models.build(settings.model, data.n_classes, channels, tuple(size)).to(device)
-    layout = trace(model, (torch.zeros(2, *data.shape, device=device),), scope=settings.scope)
-    settings.budget.check(layout, settings.min_channels)
+    layout = trace(
+        model,
+        (torch.zeros(2, *data.shape, device=device),),
+        scope=settings.scope,
+        min_channels=settings.min_channels,
+        round_to=settings.round_to,
+    )
+    settings.budget.check(layout)
     if settings.fidelity == "paper" and settings.budget.kind != "macs":
         raise ValueError("--fidelity paper counts multiply-adds: use --macs")
     train, _ = hold_out(data.train, settings.held_out, settings.seed)
@@ -235,6 +240,8 @@ def _earlier(
 
 
 def _check_same(mine: dict[str, Any], other: dict[str, Any], where: Path) -> None:
+    # What version 0.1 wrote has no round_to.
+    other = {"round_to": 1, **other}
     for name in mine.keys() | other.keys():
         if mine.get(name) != other.get(name):
             raise ValueError(

@@ -30,6 +30,7 @@ class Settings:
     controller_steps: int | None = None
     fidelity: str = "default"
     min_channels: int = 1
+    round_to: int = 1
     held_out: float = 0.05
     seed: int = 0
     dense: bool = True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -169,7 +171,7 @@ def assemble(walk: Walk, scope: str) -> GroupLayout:
             number += 1
         names.add(name)
         residual = bool(classes.residual[roots].any())
-        attributes = walk.attributes.get(name, ())
+        attributes = walk.attributes.get(signature, ())
         gates.append(Gate(name, len(roots), tuple(slices), offset, residual, attributes))
         offset += len(roots)
 
@@ -237,9 +239,26 @@ def _mac_terms(labels: Labels, gates: list[Gate], group_of: np.ndarray) -> list[
             if factor < known.get(signature, (key, np.inf))[1]:
                 known[signature] = (key, factor)
 
-    def term(product: Product) -> MacTerm:
+    def per_example(coef: int) -> int | float:
+        return coef // labels.batch if coef % labels.batch == 0 else coef / labels.batch
+
+    def parts(atoms: np.ndarray) -> list[np.ndarray]:
+        """A dimension that no tensor mirrors, gate by gate."""
+        if shape_of(atoms)[0] in known:
+            return [atoms]
+        groups = np.where(atoms >= 0, group_of[atoms], -1)
+        gate = np.searchsorted([g.offset for g in gates], groups, side="right")
+        return [atoms[gate == k] for k in np.unique(gate)]
+
+    def terms(product: Product) -> Iterator[MacTerm]:
         if product.dims:
-            return MacTerm(product.name, product.coef, product.dims, product.out_per_channel)
+            positions = per_example(product.out_per_channel)
+            yield MacTerm(product.name, per_example(product.coef), product.dims, positions)
+            return
+        for choice in itertools.product(*map(parts, product.atoms)):
+            yield term(replace(product, atoms=choice))
+
+    def term(product: Product) -> MacTerm:
         coef, dims = product.coef, []
         found = [(atoms, *shape_of(atoms)) for atoms in product.atoms]
         # Sizes that stay first, so that the others divide evenly.
@@ -250,9 +269,9 @@ def _mac_terms(labels: Labels, gates: list[Gate], group_of: np.ndarray) -> list[
             else:
                 coef = coef * factor // per
                 dims.append(key)
-        return MacTerm(product.name, coef, tuple(dims))
+        return MacTerm(product.name, per_example(coef), tuple(dims))
 
-    return [term(product) for product in labels.products]
+    return [term for product in labels.products for term in terms(product)]
 
 
 def _why(walk: Walk, name: str, classes: _Classes) -> str:

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .probe import tensors
+from .shrink import duplicate, named_tensors
+
 
 class TraceError(ValueError):
     """The model could not be captured; the message names the line of the model's code."""
@@ -71,6 +74,8 @@ class _Calls(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list = []
+        self.serial: dict[int, tuple] = {}
+        self.kept: list = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Record the call, then make it."""
@@ -80,11 +85,18 @@ class _Calls(TorchFunctionMode):
         # Batch norm in training counts its batches.
         if func is not torch.Tensor.add_ or args[0].dim():
             self.calls.append((func, tuple(seen)))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # Which call a tensor came from; kept alive, so that no other takes its id.
+        for number, tensor in enumerate(tensors(result)):
+            self.serial[id(tensor)] = (len(self.calls), number)
+            self.kept.append(tensor)
+        return result
 
     def _plain(self, x, flagged: bool):
         if isinstance(x, torch.Tensor):
-            return id(x) if isinstance(x, nn.Parameter) else tuple(x.shape)
+            if isinstance(x, nn.Parameter):
+                return id(x)
+            return self.serial.get(id(x), ("given", *x.shape))
         if isinstance(x, tuple | list):
             return tuple(self._plain(y, flagged) for y in x)
         return None if flagged or not isinstance(x, int | float | str | bool) else x
@@ -100,10 +112,10 @@ def same_in_training(model: nn.Module, args: tuple, kwargs: dict) -> bool:
         with mode(model, training), torch.no_grad(), no_fast_path(), _Calls() as record:
             try:
                 with torch.device("meta"):
-                    model(*args, **kwargs)
+                    result = model(*args, **kwargs)
             except Exception:
                 return False
-        calls.append(record.calls)
+        calls.append((record.calls, [record.serial.get(id(t)) for t in tensors(result)]))
     return calls[0] == calls[1]
 
 
@@ -119,7 +131,9 @@ def capture(
         # A failed export prints the graph so far; the error below says what matters of it.
         printed = io.StringIO()
         with mode(model, training), torch.no_grad(), no_fast_path(), redirect_stderr(printed):
-            program = torch.export.export(model, args, kwargs, strict=False)
+            # A forward pass may leave things behind: on a copy that shares the tensors.
+            copied = duplicate(model, {id(t): t for _, t in named_tensors(model)})
+            program = torch.export.export(copied, args, kwargs, strict=False)
         sys.stderr.write(printed.getvalue())
         return program
     except Exception as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .capture import mode
 from .groups import Gate, GroupLayout
 from .probe import cpu_inputs, difference, in_dtype, nested_masks, on_cpu, randomise, tensors
-from .shrink import named_tensors, shrink, zero_
+from .shrink import duplicate, named_tensors, shrink, zero_
 
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -109,13 +109,13 @@ class _Bench:
 
     def __init__(self, layout: GroupLayout, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.layout, self.args, self.kwargs = layout, args, kwargs
-        self.model = on_cpu(copy.deepcopy(model))
+        self.model = on_cpu(duplicate(model))
         randomise(self.model, layout)
         self.message = ""
         # In float32 a gradient turns at every ReLU that rounding puts on the other side of zero.
         double = in_dtype((args, kwargs), torch.float64)
         try:
-            twin = copy.deepcopy(self.model).double()
+            twin = duplicate(self.model).double()
             if not layout.as_graph:
                 self.args, self.kwargs = double
                 self.whole = []
@@ -126,10 +126,13 @@ class _Bench:
         # Token inputs have no gradient; parameters that nothing is cut from have.
         cut = {s.tensor for gate in layout.gates for s in gate.slices}
         self.whole = [n for n, _ in self.model.named_parameters() if n not in cut]
+        # A gradient that is zero but for rounding says nothing.
+        gradients = self.run(self.model)[1]
+        self.floor = 1e-6 * max((float(g.abs().max()) for g in gradients if g.numel()), default=0.0)
 
     def errors(self, mask: Tensor) -> tuple[float, float]:
         """Relative errors of outputs and gradients under ``mask``."""
-        masked = copy.deepcopy(self.model)
+        masked = duplicate(self.model)
         zero_(masked, self.layout, mask)
         expected = self.run(masked)
         self.message = ""
@@ -139,7 +142,7 @@ class _Bench:
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             self.message = f"{type(error).__name__}: {first}"
             return float("inf"), float("inf")
-        return difference(expected[0], got[0]), difference(expected[1], got[1])
+        return difference(expected[0], got[0]), difference(expected[1], got[1], self.floor)
 
     def failure(self, gate: Gate, seed: int) -> Failure | None:
         """How ``gate`` fails if it is the only one that is cut."""

@@ -13,9 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from .capture import mode
 from .groups import GroupLayout
 from .labels import Value
-from .shrink import cut_tensors, groups_left, named_tensors, replace_tensor
+from .probe import difference, mapped, tensors
+from .shrink import cut_tensors, duplicate, groups_left, named_tensors, replace_tensor, zero_
+
+TOLERANCE = 1e-3
+"""Of the largest output, in whatever precision and on whatever device the model is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +67,7 @@ def _unflatten(sizes: _Sizes, result: Value, args: list) -> list:
 
 def _split(sizes: _Sizes, result: list[Value], args: list) -> list:
     dim = args[2] if len(args) > 2 else 0
-    parts = [sizes.kept(part, dim) for part in result]
-    return [args[0], parts if isinstance(args[1], list | tuple) else max(parts), *args[2:]]
+    return [args[0], [sizes.kept(part, dim) for part in result], dim]
 
 
 def _slice(sizes: _Sizes, result: Value, args: list, source: Value) -> list:
@@ -77,6 +81,11 @@ def _slice(sizes: _Sizes, result: Value, args: list, source: Value) -> list:
     start = 0 if start is None else max(start + n if start < 0 else start, 0)
     before = int(sizes.alive(atoms[:start]).sum())
     return [args[0], dim, before, before + sizes.kept(result, dim), *args[4:]]
+
+
+def _narrow(sizes: _Sizes, result: Value, args: list, source: Value) -> list:
+    sliced = _slice(sizes, result, [args[0], args[1], args[2], args[2] + args[3]], source)
+    return [args[0], args[1], sliced[2], sliced[3] - sliced[2]]
 
 
 def _grouped(place: int, tensor: int, dim: int) -> Callable:
@@ -98,8 +107,10 @@ def _grouped(place: int, tensor: int, dim: int) -> Callable:
 EDITS: dict[str, Callable] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _reshape),
     "unflatten": _unflatten,
-    **dict.fromkeys(("split", "split_with_sizes"), _split),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split),
+    **dict.fromkeys(("unsafe_split", "unsafe_chunk"), _split),
     "slice": _slice,
+    "narrow": _narrow,
     **{f"conv{n}d": _grouped(6, 1, 0) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _grouped(6, 1, 0) for n in (1, 2, 3)},
     "group_norm": _grouped(1, 0, 1),
@@ -136,10 +147,35 @@ def shrink_graph(model: nn.Module, layout: GroupLayout, mask) -> torch.fx.GraphM
             result = traced.values[node.name]
             inputs = traced.arguments[node.name]
             extra = () if EDITS[name] in (_reshape, _unflatten, _split) else inputs
-            extra = extra[:1] if EDITS[name] is _slice else extra
-            node.args = tuple(EDITS[name](sizes, result, list(node.args), *extra))
+            extra = extra[:1] if EDITS[name] in (_slice, _narrow) else extra
+            args = EDITS[name](sizes, result, [*node.args, *node.kwargs.values()], *extra)
+            node.args, node.kwargs = tuple(args), {}
+            if EDITS[name] is _split:
+                # Parts that were equal may differ now.
+                node.target = torch.ops.aten.split_with_sizes.default
     module.recompile()
     return module
+
+
+def check_graph(
+    small: torch.fx.GraphModule, model: nn.Module, layout: GroupLayout, mask, traced: Traced
+) -> None:
+    """Raise ValueError unless ``small`` computes what ``model`` with zeroed groups does."""
+    zeroed = duplicate(model)
+    zero_(zeroed, layout, mask)
+    device = next(model.parameters()).device
+    args, kwargs = mapped(traced.program.example_inputs, lambda x: x.to(device))
+    with torch.no_grad(), mode(zeroed, training=False):
+        expected = list(tensors(zeroed(*args, **kwargs)))
+        try:
+            error = difference(expected, list(tensors(small(*args, **kwargs))))
+        except Exception as reason:
+            raise ValueError(f"as_graph: the shrunk graph does not run: {reason}") from reason
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"as_graph: the shrunk graph gives another output than the model, relative error "
+            f"{error:.1e}; trace with as_graph=True, which refuses the gates that cause it"
+        )
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

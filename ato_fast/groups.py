@@ -96,7 +96,7 @@ class MacTerm:
     """
 
     name: str
-    coef: int
+    coef: int | float
     dims: tuple[tuple[str, int], ...]
     out_per_channel: int = 1
 

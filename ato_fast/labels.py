@@ -98,7 +98,7 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """Multiply-adds of one operation: ``coef`` times the sizes of its labelled dimensions.
+    """Multiply-adds of one operation on the whole batch: ``coef`` times its labelled dimensions.
 
     They are given by name (``dims`` of a weight) or by their ``atoms``; ``out_per_channel`` as in
     `MacTerm`.
@@ -184,12 +184,11 @@ class Labels:
     def count(self, name: str, coef: int, atoms: Sequence[np.ndarray]) -> None:
         """Record the multiply-adds of a contraction over the whole batch."""
         if self.counting:
-            self.products.append(Product(name, coef // self.batch, atoms=tuple(atoms)))
+            self.products.append(Product(name, coef, atoms=tuple(atoms)))
 
     def count_weight(self, weight: Value, positions: int) -> None:
         """Record ``positions`` products with a whole weight, over the whole batch."""
         if self.counting:
-            positions //= self.batch
             dims = tuple((weight.tensor, d) for d in range(len(weight.shape)))
             self.products.append(Product(weight.tensor, positions, dims, out_per_channel=positions))
 

@@ -26,6 +26,16 @@ def nested_masks(layout: GroupLayout, gates: Iterable[Gate], seed: int = 0) -> I
     yield from masks
 
 
+def alternating_masks(layout: GroupLayout, gates: Iterable[Gate]) -> Iterator[Tensor]:
+    """Every second of ``gates`` at one channel, then the others."""
+    gates = list(gates)
+    for first in (0, 1):
+        mask = torch.ones(layout.n_groups, dtype=torch.bool)
+        for gate in gates[first::2]:
+            mask[gate.offset + 1 : gate.offset + gate.n] = False
+        yield mask
+
+
 def on_cpu(model: nn.Module) -> nn.Module:
     """``model`` itself on the CPU, in float32 if it was in a half precision."""
     model = model.to("cpu")
@@ -33,9 +43,9 @@ def on_cpu(model: nn.Module) -> nn.Module:
     return model.float() if half else model
 
 
-def difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """Largest difference, relative to the largest value of the same tensor; inf if shapes or
-    places that are not finite differ."""
+def difference(expected: list[Tensor], got: list[Tensor], floor: float = 1e-300) -> float:
+    """Largest difference, relative to the largest value of the same tensor, or to ``floor`` if that
+    is larger; inf if shapes or places that are not finite differ."""
     if len(expected) != len(got):
         return float("inf")
     worst = 0.0
@@ -45,7 +55,7 @@ def difference(expected: list[Tensor], got: list[Tensor]) -> float:
         finite = torch.isfinite(a)
         a, b = a[finite].double(), b[finite].double()
         if a.numel() and (error := float((a - b).abs().max())):
-            worst = max(worst, error / max(float(a.abs().max()), 1e-300))
+            worst = max(worst, error / max(float(a.abs().max()), floor))
     return worst
 
 
@@ -62,7 +72,7 @@ def randomise(model: nn.Module, layout: GroupLayout) -> None:
         seen.add(id(tensor))
         flat = tensor.detach().reshape(-1)
         parameter = isinstance(tensor, nn.Parameter)
-        constant = parameter and tensor.numel() > 1 and bool((flat == flat[0]).all())
+        constant = parameter and bool((flat == flat[0]).all())
         noise = torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
         with torch.no_grad():
             if name in stats and not parameter:

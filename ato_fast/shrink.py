@@ -33,6 +33,29 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+def duplicate(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -> nn.Module:
+    """A deep copy; ``memo`` holds, by id, tensors that take the place of others.
+
+    Activations that a module keeps in an attribute (features, an auxiliary loss) are detached.
+    """
+    memo = dict(memo or {})
+
+    def visit(tree) -> None:
+        if isinstance(tree, torch.Tensor):
+            if not tree.is_leaf:
+                memo.setdefault(id(tree), tree.detach())
+        elif isinstance(tree, dict):
+            for value in tree.values():
+                visit(value)
+        elif isinstance(tree, list | tuple):
+            for value in tree:
+                visit(value)
+
+    for module in model.modules():
+        visit({k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")})
+    return copy.deepcopy(model, memo)
+
+
 def check_model(model: nn.Module, layout: GroupLayout) -> None:
     """Raise ValueError unless ``layout`` describes ``model``'s tensors."""
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
@@ -101,9 +124,11 @@ def shrink(model: nn.Module, layout: GroupLayout, mask, as_graph: bool = False) 
     """
     check_model(model, layout)
     if as_graph:
-        from .graph import shrink_graph
+        from .graph import check_graph, shrink_graph
 
-        return shrink_graph(model, layout, mask)
+        small = shrink_graph(model, layout, mask)
+        check_graph(small, model, layout, mask, layout.traced)
+        return small
     if layout.as_graph:
         raise ValueError(
             "layout: traced with as_graph=True, its gates need shrink(..., as_graph=True)"
@@ -117,7 +142,7 @@ def shrink(model: nn.Module, layout: GroupLayout, mask, as_graph: bool = False) 
             now = attributes[path] if path in attributes else attribute(model, path)
             attributes[path] = now - per_channel * dropped
     dense = dict(named_tensors(model))
-    small = copy.deepcopy(model, dict(cut_tensors(dense, kept)))
+    small = duplicate(model, cut_tensors(dense, kept))
     _finish(small, dense, kept, attributes)
     return small
 

@@ -6,13 +6,18 @@ does to channels, `labels.py` keeps the books, and `verify.py` tries the result 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 
+import numpy as np
+import torch
 from torch import nn
 
 from .assemble import assemble, refuse
-from .capture import TraceError, check_plain, same_in_training
+from .capture import TraceError, check_plain
 from .groups import GroupLayout, check_widths
 from .verify import Trial
 from .walk import Walk
@@ -77,20 +82,29 @@ def trace(
     walk = Walk(model, tuple(example_inputs), dict(kwargs or {}), as_graph)
     walk.ignore(ignore)
     walk.declare(gates)
+    with same_random_numbers():
+        return _trace(walk, scope).tightened(min_channels, round_to)
+
+
+def _trace(walk: Walk, scope: str) -> GroupLayout:
     walk.run(training=False)
-    trial = Trial(model, walk.args, walk.kwargs)
+    trial = Trial(walk.model, walk.args, walk.kwargs)
     # Training may read channels that evaluation never shows: auxiliary heads, extra outputs.
-    if trial.device != "meta" or not same_in_training(trial.stand_in(), *trial.inputs):
+    if trial.differs_in_training():
         try:
             walk.run(training=True)
         except TraceError as error:
+            warnings.warn(
+                f"training mode was not captured, gates are judged by evaluation alone: {error}",
+                stacklevel=4,
+            )
             reason = f"not used in evaluation, and training mode was not captured: {error}"
             walk.labels.reasons.update(dict.fromkeys(walk.unused(), reason))
     while True:
         layout = assemble(walk, scope)
         verdict = trial(layout)
         if verdict.clean:
-            return layout.tightened(min_channels, round_to)
+            return layout
         for gate in verdict.refused:
             if gate.name in walk.declared:
                 raise ValueError(
@@ -98,7 +112,23 @@ def trace(
                     "gave another output than the model with these channels zeroed"
                 )
             refuse(walk, gate)
-        walk.attributes.update(verdict.attributes)
+        for gate in layout:
+            if gate.name in verdict.attributes:
+                walk.attributes[tuple((s.tensor, s.dim) for s in gate.slices)] = verdict.attributes[
+                    gate.name
+                ]
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Put the generators of Python, NumPy and torch back."""
+    before, numpy_before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpy_before)
 
 
 def _listed(names) -> Sequence:

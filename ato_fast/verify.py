@@ -9,22 +9,22 @@ another, and both must give the same output.
 
 from __future__ import annotations
 
-import copy
+import io
 import re
-from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from math import inf
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from . import multihead
-from .capture import TraceError, mode
+from .capture import TraceError, mode, same_in_training
+from .constants import Constants, SharedError
+from .graph import shrink_graph
 from .groups import Gate, GroupLayout
 from .probe import (
+    alternating_masks,
     cpu_inputs,
     difference,
     in_dtype,
@@ -34,11 +34,12 @@ from .probe import (
     randomise,
     tensors,
 )
-from .shrink import named_tensors, shrink, zero_
+from .shrink import duplicate, named_tensors, shrink, zero_
 
-TOLERANCE = {torch.float64: 2e-6, torch.float32: 3e-5}
+TOLERANCE = {torch.float64: 2e-6, torch.float32: 3e-5, None: 3e-2}
 """Of the largest output. Models that compute some part in float32 whatever they are given stay
-below 1e-6, in float32 throughout below 1e-5, on the networks tried."""
+below 1e-6, in float32 throughout below 1e-5, on the networks tried. None: the model's own, where it
+runs in neither (bfloat16 with explicit casts)."""
 
 
 @dataclass
@@ -72,33 +73,58 @@ class Trial:
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.model = model
+        self.originals = frozenset(id(tensor) for _, tensor in named_tensors(model))
         self.args, self.kwargs = cpu_inputs(args), cpu_inputs(kwargs)
         self.inputs = mapped((self.args, self.kwargs), lambda x: x.to("meta"))
         self.device = "meta"
-        dense = _Constants()
-        if self._fails(self.stand_in(), dense) is not None:
-            # Some forwards need values: a tensor turned into a number, a table outside buffers.
-            self.device, self.inputs = "cpu", (self.args, self.kwargs)
-            dense = _Constants()
-            error = self._fails(self.stand_in(), dense)
-            if error is not None:
-                raise TraceError(
-                    f"model: a copy of {type(model).__name__} does not run on the CPU with the "
-                    f"example inputs: {type(error).__name__}: {error}"
-                ) from error
-        self.constants = dense.seen
-        # Rounding hides less in double precision, but some forwards insist on a precision.
-        self.dtype = torch.float32 if self._insists() else torch.float64
+        # The numbers of the dense forward pass, in evaluation and where it matters in training.
+        self.constants: dict[bool, list] = {}
+        self.outputs: dict[bool, list] = {}
+        error = self._learn(training=False)
+        if error is not None:
+            error = self._with_values(training=False)
+        if error is not None:
+            raise TraceError(
+                f"model: a copy of {type(model).__name__} does not run on the CPU with the "
+                f"example inputs: {type(error).__name__}: {error}"
+            ) from error
+        # Rounding hides less in double precision, but some forwards insist on theirs.
+        self.dtype = next((d for d in (torch.float64, torch.float32) if self._takes(d)), None)
 
-    def _insists(self) -> bool:
-        twin = self.stand_in().double()
-        args, kwargs = in_dtype(self.inputs, torch.float64)
+    def _learn(self, training: bool) -> Exception | None:
+        """Record the numbers of the dense model; why it does not run, if it does not."""
+        record = Constants(self.originals)
+        error = self._fails(self.stand_in(), record, training)
+        if isinstance(error, SharedError):
+            raise TraceError(f"model: {error}")
+        if error is None:
+            self.constants[training] = record.seen
+            self.outputs[training] = record.outputs
+        return error
+
+    def differs_in_training(self) -> bool:
+        """Whether training does other things than evaluation; if so, it is tried as well."""
+        if self.device == "meta" and same_in_training(self.stand_in(), *self.inputs):
+            return False
+        if self._learn(training=True) is not None and self.device == "meta":
+            self._with_values(training=False)
+            self._learn(training=True)
+        return True
+
+    def _with_values(self, training: bool) -> Exception | None:
+        """Go on with values: some forwards turn a tensor into a number, or keep tables outside
+        buffers."""
+        self.device, self.inputs = "cpu", (self.args, self.kwargs)
+        return self._learn(training)
+
+    def _takes(self, dtype: torch.dtype) -> bool:
+        args, kwargs = in_dtype(self.inputs, dtype)
         try:
             with torch.device(self.device):
-                _run(twin, args, kwargs)
+                _run(self.stand_in().to(dtype), args, kwargs)
         except Exception:
-            return True
-        return False
+            return False
+        return True
 
     def stand_in(self) -> nn.Module:
         """A fresh copy of the model: without values, if it runs without."""
@@ -110,12 +136,11 @@ class Trial:
                     empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
                 memo[id(tensor)] = empty
         try:
-            twin = copy.deepcopy(self.model, memo)
-        except RuntimeError as error:
+            twin = duplicate(self.model, memo)
+        except Exception as error:
             raise TraceError(
                 f"model: {type(self.model).__name__} cannot be copied, which shrinking needs: "
-                f"{error} (torch.nn.utils.weight_norm is such; use "
-                "torch.nn.utils.parametrizations.weight_norm)"
+                f"{type(error).__name__}: {error}"
             ) from error
         for module in twin.modules():
             if type(module) is nn.MultiheadAttention:
@@ -135,22 +160,31 @@ class Trial:
                 return verdict
         return Verdict(self._numbers(layout))
 
-    def _fails(self, model: nn.Module, constants: _Constants) -> Exception | None:
+    def _fails(self, model: nn.Module, constants: Constants, training: bool) -> Exception | None:
         args, kwargs = self.inputs
         try:
             with torch.device(self.device), constants:
-                _run(model, args, kwargs)
+                constants.outputs = [x.shape for x in _run(model, args, kwargs, training)]
+            if self.outputs.get(training, constants.outputs) != constants.outputs:
+                raise ValueError("outputs of other shapes")
         except Exception as error:
             return error
         return None
 
-    def _try(self, layout: GroupLayout, gates: Iterable[Gate]) -> _Failure | None:
-        """The first failure of ``gates`` cut on the meta device."""
-        for mask in list(nested_masks(layout, gates))[::2]:
-            small, constants = shrink(self.stand_in(), layout, mask), _Constants(self.constants)
-            error = self._fails(small, constants)
-            if error is not None:
-                return _Failure(error, small, constants.calls)
+    def _try(
+        self, layout: GroupLayout, gates: list[Gate], alternate: bool = False
+    ) -> _Failure | None:
+        """The first failure of a model that lost channels of ``gates``."""
+        masks = list(nested_masks(layout, gates))[::2]
+        if alternate:
+            masks += alternating_masks(layout, gates)
+        for mask in masks:
+            for training, numbers in self.constants.items():
+                small = shrink(self.stand_in(), layout, mask)
+                constants = Constants(self.originals, numbers)
+                error = self._fails(small, constants, training)
+                if error is not None:
+                    return _Failure(error, small, constants.calls)
         return None
 
     def _shapes(self, layout: GroupLayout) -> Verdict:
@@ -158,17 +192,17 @@ class Trial:
         verdict = Verdict()
         left = list(layout.gates)
         while left:
-            failure = self._try(layout, left)
+            failure = self._try(layout, left, alternate=True)
             if failure is None:
                 break
-            suspects = _near(failure.error, failure.model, left)
+            where, suspects = _near(failure, left)
             families: dict[str, list[Gate]] = {}
             for gate in suspects:
                 families.setdefault(_family(gate), []).append(gate)
             alone = {f: gs for f, gs in families.items() if self._try(layout, gs[:1])}
             for family in alone or families:
                 members = [g for g in left if _family(g) == family]
-                found = self._attributes(layout, members[0]) if family in alone else None
+                found = self._attributes(layout, members[0], where) if family in alone else None
                 if found is None:
                     verdict.refused += members
                 for gate in members if found is not None else ():
@@ -176,11 +210,16 @@ class Trial:
                 left = [g for g in left if _family(g) != family]
         return verdict
 
-    def _attributes(self, layout: GroupLayout, gate: Gate) -> tuple[tuple[str, int], ...] | None:
-        """Integers that modules keep and that have to follow the width of ``gate``."""
+    def _attributes(
+        self, layout: GroupLayout, gate: Gate, where: str
+    ) -> tuple[tuple[str, int], ...] | None:
+        """Integers that modules keep and that have to follow the width of ``gate``.
+
+        ``where`` is the module that failed.
+        """
         if gate.attributes:
             return None
-        left = dict(_candidates(self.model, gate))
+        left = _candidates(self.model, gate, where)
         chosen: dict[str, int] = {}
         reached = self._reach(layout, gate, chosen)
         # Greedily: the attribute that lets the forward pass get furthest, until it gets through.
@@ -214,15 +253,20 @@ class Trial:
         return []
 
     def _twin(self, layout: GroupLayout) -> nn.Module:
-        twin = on_cpu(copy.deepcopy(self.model)).to(self.dtype)
+        twin = duplicate(self.model).to("cpu")
+        twin = twin if self.dtype is None else twin.to(self.dtype)
         randomise(twin, layout)
         return twin
 
     def _equal(self, wide: nn.Module, model: nn.Module, layout: GroupLayout, mask: Tensor) -> bool:
-        args, kwargs = in_dtype((self.args, self.kwargs), self.dtype)
+        args, kwargs = self.args, self.kwargs
+        if self.dtype is not None:
+            args, kwargs = in_dtype((args, kwargs), self.dtype)
         expected = _run(wide, args, kwargs)
         try:
-            got = _run(_small(model, layout, mask), args, kwargs)
+            # A graph that fails prints its code.
+            with redirect_stderr(io.StringIO()):
+                got = _run(_small(model, layout, mask), args, kwargs)
         except Exception:
             return False
         return difference(expected, got) <= TOLERANCE[self.dtype]
@@ -244,43 +288,8 @@ class Trial:
         return found or gates
 
 
-class _Constants(TorchFunctionMode):
-    """The numbers a forward pass computes with, call by call; they must not follow the width.
-
-    Args:
-        expected: the numbers of the dense model; the first call with others raises ValueError.
-    """
-
-    ARITHMETIC = frozenset("add sub mul div truediv pow multiply divide true_divide".split())
-
-    def __init__(self, expected: list | None = None) -> None:
-        super().__init__()
-        self.expected = expected
-        self.seen: list = []
-        self.calls = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Compare the numbers of a call, then make it."""
-        self.calls += 1
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").strip("_")
-        plain = name.removeprefix("r").removeprefix("i")
-        counts = (int, float) if plain in self.ARITHMETIC else float
-        numbers = [x for x in (*args, *kwargs.values())
-                   if isinstance(x, counts) and not isinstance(x, bool)]  # fmt: skip
-        if func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
-            numbers.append(args[0].shape[-1] if args else kwargs["query"].shape[-1])
-        if numbers:
-            if self.expected is not None:
-                place = len(self.seen)
-                if place >= len(self.expected) or self.expected[place] != (name, numbers):
-                    raise ValueError(f"{name} with {numbers}, a number that follows the width")
-            self.seen.append((name, numbers))
-        return func(*args, **kwargs)
-
-
 def _small(model: nn.Module, layout: GroupLayout, mask) -> nn.Module:
-    return shrink(model, layout, mask, as_graph=layout.as_graph)
+    return shrink_graph(model, layout, mask) if layout.as_graph else shrink(model, layout, mask)
 
 
 def _family(gate: Gate) -> str:
@@ -288,37 +297,40 @@ def _family(gate: Gate) -> str:
     return re.sub(r"\d+", "#", " ".join([gate.name, *(s.tensor for s in gate.slices)]))
 
 
-def _near(error: Exception, model: nn.Module, gates: list[Gate]) -> list[Gate]:
-    """Gates with tensors in the module that raised ``error``, or else in the one around it."""
-    names = {id(module): name for name, module in model.named_modules()}
-    where, trace = "", error.__traceback__
+def _near(failure: _Failure, gates: list[Gate]) -> tuple[str, list[Gate]]:
+    """The module that failed, and the gates with tensors in it, or else in the one around it."""
+    names = {id(module): name for name, module in failure.model.named_modules()}
+    place, trace = "", failure.error.__traceback__
     while trace is not None:
         module = trace.tb_frame.f_locals.get("self")
-        where = names.get(id(module), where)
+        place = names.get(id(module), place)
         trace = trace.tb_next
-    while where:
-        found = [g for g in gates if any(s.tensor.startswith(where + ".") for s in g.slices)]
+    around = place
+    while around:
+        found = [g for g in gates if any(s.tensor.startswith(around + ".") for s in g.slices)]
         if found:
-            return found
-        where = where.rpartition(".")[0]
-    return gates
+            return place, found
+        around = around.rpartition(".")[0]
+    return place, gates
 
 
-def _candidates(model: nn.Module, gate: Gate) -> tuple[tuple[str, int], ...]:
-    """Integer attributes, of modules around the gate's tensors, that may count its channels."""
-    sizes = {int((s.channels >= 0).sum()) for s in gate.slices}
-    per_channel = {gate.n: 1, **{n: n // gate.n for n in sizes if n % gate.n == 0}}
+def _candidates(model: nn.Module, gate: Gate, where: str) -> dict[str, int]:
+    """Integer attributes, of modules around the gate's tensors and of the one that failed, that may
+    count its channels, and what one channel counts there."""
+    largest = max(int((s.channels >= 0).sum()) for s in gate.slices)
     owners = dict.fromkeys(s.tensor.rpartition(".")[0] for s in gate.slices)
     around = dict.fromkeys(o.rpartition(".")[0] for o in owners)
     found = {}
-    for path in (*around, *owners):
+    for path in dict.fromkeys([*around, *owners, where]):
         module = model.get_submodule(path)
-        if type(module).__module__.startswith("torch.nn."):
+        # Layers of torch follow their weights by themselves.
+        weights = list(module.parameters(recurse=False))
+        if type(module).__module__.startswith("torch.nn.") and weights:
             continue
         for name, value in vars(module).items():
-            if type(value) is int and value > 1 and value in per_channel:
-                found[f"{path}.{name}" if path else name] = per_channel[value]
-    return tuple(found.items())
+            if type(value) is int and 1 < value <= largest and value % gate.n == 0:
+                found[f"{path}.{name}" if path else name] = value // gate.n
+    return found
 
 
 def _translated(source: Gate, target: Gate, attributes: tuple[tuple[str, int], ...]):
@@ -334,9 +346,9 @@ def _translated(source: Gate, target: Gate, attributes: tuple[tuple[str, int], .
     return tuple(result)
 
 
-def _run(model: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
+def _run(model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> list[Tensor]:
     """Output tensors in eval mode, with the same random numbers every time."""
-    evaluating = nullcontext() if isinstance(model, fx.GraphModule) else mode(model, training=False)
-    with evaluating, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    chosen = nullcontext() if isinstance(model, fx.GraphModule) else mode(model, training)
+    with chosen, torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return list(tensors(model(*args, **kwargs)))

@@ -32,7 +32,7 @@ class Walk:
     same: dict[torch.fx.Node, torch.fx.Node] = field(default_factory=dict)
     names: dict[torch.fx.Node, list[torch.fx.Node]] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
-    attributes: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    attributes: dict[tuple, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     declared: dict[str, list[tuple[str, int, str]]] = field(default_factory=dict)
     classes: object = None
     program: torch.export.ExportedProgram | None = None
@@ -49,6 +49,8 @@ class Walk:
         self.labels.as_graph = self.as_graph
         self.labels.trainable = frozenset(self.parameters)
         inputs = [x for x in tensors((self.args, self.kwargs)) if x.dim()]
+        # The first with more than a batch, so that a vector of time steps may come before it.
+        inputs.sort(key=lambda x: x.dim() < 2)
         self.labels.batch = inputs[0].shape[0] if inputs else 1
 
     def ignore(self, patterns: Sequence[str]) -> None:
@@ -173,7 +175,11 @@ class Walk:
                 result = rules.unknown(self.labels, why, inputs, shapes)
         else:
             result = rules.unknown(self.labels, name, inputs, shapes)
-        result = self.without_singles(_like(plain, result))
+        try:
+            result = _like(plain, result)
+        except ValueError as error:
+            result = _like(plain, rules.unknown(self.labels, f"{name} ({error})", inputs, shapes))
+        result = self.without_singles(result)
         if in_place:
             self.overwrite(node, values, result)
         return result
@@ -244,8 +250,12 @@ def _like(plain, result):
         return [p if p is None else _like(p, next(results, p)) for p in plain]
     if isinstance(result, list | tuple):
         result = result[0] if result else plain
-    if plain is None or result.shape != plain.shape:
+    if plain is None:
         return plain
+    if not isinstance(result, Value) or not (
+        result.shape == plain.shape and len(result.atoms) == len(plain.shape)
+    ):
+        raise ValueError("its rule gave a value of another shape")
     return replace(result, data=plain.data, tensor=None)
 
 

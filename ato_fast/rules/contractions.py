@@ -22,16 +22,13 @@ def contract(
     lost = "; ".join(dict.fromkeys(v.lost for v, _ in operands if v.lost))
     result = Value.plain(shape, lost=lost)
     who = (weight and weight.tensor) or name
-    sizes, coef = [], 1
     for axis in dict.fromkeys(a for _, axes in operands for a in axes):
         sides = [(v, list(axes).index(axis)) for v, axes in operands if axis in axes]
         marked = [(v, d) for v, d in sides if v.atoms[d] is not None]
         if not marked:
-            coef *= max(v.shape[d] for v, d in sides)
             continue
         value, dim = marked[0]
         atoms = value.atoms[dim]
-        sizes.append(atoms)
         if any(v.atoms[d] is None and v.shape[d] > 1 for v, d in sides):
             for v, d in marked:
                 labels.block(v.atoms[d], f"{who} reads it together with a size that is fixed")
@@ -55,8 +52,26 @@ def contract(
         else:
             labels.consume(atoms, pins, who, lost)
     if weight is None or weight.tensor is None:
-        labels.count(name, coef, sizes)
+        _count(labels, name, operands, out_axes)
     return result
+
+
+def _count(labels: Labels, name: str, operands: Sequence, out_axes: Sequence) -> None:
+    """Multiply-adds of a product of two, then of the result and the third, and so on."""
+    left = list(operands[0][1])
+    for k, (_, axes) in enumerate(operands[1:], 2):
+        involved = list(dict.fromkeys([*left, *axes]))
+        coef, sizes = 1, []
+        for axis in involved:
+            sides = [(v, list(names).index(axis)) for v, names in operands if axis in names]
+            marked = [v.atoms[d] for v, d in sides if v.atoms[d] is not None]
+            if marked:
+                sizes.append(marked[0])
+            else:
+                coef *= max(v.shape[d] for v, d in sides)
+        labels.count(name, coef, sizes)
+        needed = {a for _, names in operands[k:] for a in names} | set(out_axes)
+        left = [axis for axis in involved if axis in needed]
 
 
 def _plus_bias(labels: Labels, out, x: Value, bias: Value | None, dim: int) -> Value:

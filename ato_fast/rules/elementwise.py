@@ -30,7 +30,7 @@ NO_ZERO = (
 ).split()
 
 
-@rule(*KEEPS_ZERO, "alpha_dropout", "native_dropout")
+@rule(*KEEPS_ZERO, "native_dropout")
 def _keeps_zero(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
     return Value(out[0], x.atoms, x.pins, x.lost)
 
@@ -77,10 +77,25 @@ def _hardtanh(labels: Labels, out, x: Value, low=None, high=None, **kwargs) -> V
     return x.without_pins(f"clamp to [{low}, {high}] moves 0")
 
 
-@rule("clamp_min", "clamp_max", "threshold")
-def _clamp_one(labels: Labels, out, x: Value, bound, value=0) -> Value:
-    keeps = not isinstance(bound, Value) and bound == 0 and value == 0
-    return x if keeps else x.without_pins(f"clamp at {bound} may move 0")
+@rule("clamp_min")
+def _clamp_min(labels: Labels, out, x: Value, bound) -> Value:
+    return _hardtanh(labels, out, x, bound, None)
+
+
+@rule("clamp_max")
+def _clamp_max(labels: Labels, out, x: Value, bound) -> Value:
+    return _hardtanh(labels, out, x, None, bound)
+
+
+@rule("threshold")
+def _threshold(labels: Labels, out, x: Value, bound, value) -> Value:
+    keeps = bound < 0 or value == 0
+    return x if keeps else x.without_pins(f"threshold at {bound} turns 0 into {value}")
+
+
+@rule("alpha_dropout", "feature_alpha_dropout")
+def _alpha_dropout(labels: Labels, out, x: Value, *args, **kwargs) -> Value:
+    return x.without_pins("alpha dropout writes other values in training")
 
 
 @rule("prelu", "_prelu_kernel")
@@ -97,7 +112,7 @@ def _prelu(labels: Labels, out, x: Value, weight: Value) -> Value:
 @rule("pow")
 def _pow(labels: Labels, out, x, exponent) -> Value:
     if isinstance(x, Value) and not isinstance(exponent, Value):
-        return x if exponent >= 1 else x.without_pins(f"x ** {exponent} has no gradient at 0")
+        return x if exponent >= 1 else x.without_pins(f"x ** {exponent} at 0")
     inputs = [v for v in (x, exponent) if isinstance(v, Value)]
     return unknown(labels, "pow with this exponent", inputs, out)[0]
 
@@ -149,7 +164,7 @@ def pairwise(labels: Labels, out, a: Value, b: Value, name: str, product: bool) 
                 labels.own(pins, "affine")
             result = result.with_dim(d, atoms, pins)
         else:
-            labels.block(atoms, f"{name} a tensor whose size is fixed")
+            labels.block(atoms, f"{name} a tensor whose size does not follow")
     return Value(result.shape, result.atoms, result.pins, lost)
 
 
@@ -203,9 +218,13 @@ def _div(labels: Labels, out, a, b, **kwargs) -> Value:
 @rule("where")
 def _where(labels: Labels, out, condition: Value, a=None, b=None) -> list[Value]:
     values = [v for v in (a, b) if isinstance(v, Value)]
-    if len(values) < 2:
-        return unknown(labels, "where without two tensors", [condition, *values], out)
-    result = pairwise(labels, out, a, b, "choosing from", product=False)
+    if not values:
+        return unknown(labels, "where without a tensor to choose", [condition], out)
+    if len(values) == 2:
+        result = pairwise(labels, out, a, b, "choosing from", product=False)
+    else:
+        constant = b if values[0] is a else a
+        result = values[0] if constant == 0 else values[0].without_pins(f"choosing {constant}")
     return [_mask(labels, out, result, condition)]
 
 

@@ -52,7 +52,12 @@ def _instance_norm(
     return _batch_norm(labels, out, x, weight, bias, mean, var)[0]
 
 
-@rule("layer_norm", "rms_norm", "native_layer_norm")
+@rule("rms_norm", "_fused_rms_norm")
+def _rms_norm(labels: Labels, out, x: Value, shape, weight=None, eps=None) -> list[Value]:
+    return _layer_norm(labels, out, x, shape, weight)
+
+
+@rule("layer_norm", "native_layer_norm")
 def _layer_norm(labels: Labels, out, x: Value, shape, weight=None, bias=None, *args) -> list[Value]:
     over = "LayerNorm normalises over this dimension"
     for part in (weight, bias):
@@ -109,9 +114,10 @@ def _softmax(labels: Labels, out, x: Value, dim: int, *args, **kwargs) -> Value:
 # among the arguments after the tensor, and what it is if it is left out (None: all of them).
 ALONG = {
     **dict.fromkeys(("amax", "amin", "max", "min", "argmax", "argmin", "any", "all"), (0, None)),
-    **dict.fromkeys(("prod", "var", "std", "var_mean", "std_mean", "count_nonzero"), (0, None)),
+    **dict.fromkeys(("prod", "var", "std", "var_mean", "std_mean"), (0, None)),
+    **dict.fromkeys(("median", "count_nonzero"), (0, None)),
     **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp", "logsumexp"), (0, -1)),
-    **dict.fromkeys(("sort", "argsort", "median", "mode"), (0, -1)),
+    **dict.fromkeys(("sort", "argsort", "mode"), (0, -1)),
     **dict.fromkeys(("topk", "kthvalue"), (1, -1)),
 }
 # Of these, zero for zeros.

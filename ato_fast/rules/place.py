@@ -125,6 +125,10 @@ def _cut(labels: Labels, out, x: Value, dim: int, starts: list[int]) -> list[Val
       "unsafe_split")  # fmt: skip
 def _split(labels: Labels, out, x: Value, parts, dim=0) -> list[Value]:
     sizes = [shape[dim % len(x.shape)] for shape in out]
+    if isinstance(parts, int) and len(set(sizes)) > 1 and not labels.as_graph:
+        # The parts of another width would begin elsewhere. (A list of sizes would not fit at all.)
+        x = drop(labels, x, [d for d in x.labelled if d == dim % len(x.shape)],
+                 "cut into unequal parts")  # fmt: skip
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     return _cut(labels, out, x, dim, starts)
 

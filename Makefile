@@ -13,7 +13,7 @@ CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 TEST_CPP := $(wildcard tests/*/*.cpp tests/*/*.h)
 PY := ato_fast kernels benchmarks tests setup.py
 
-.PHONY: install lint format test test-gpu sanitize bench bench-accuracy demo clean
+.PHONY: install lint format test test-gpu zoo sanitize bench bench-accuracy demo clean
 
 install: $(STAMP)
 
@@ -42,6 +42,11 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
+
+# Every network of the zoo in both scopes and 500 random ones: half an hour on two cores. The table
+# in docs/zoo.md is made by python -m benchmarks.zoo.
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m zoo
 
 # The CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer; part of `test` too.
 sanitize: $(STAMP)

@@ -30,6 +30,7 @@ from . import cases
 SUITES = {
     "step": "benchmarks.step",
     "overhead": "benchmarks.overhead",
+    "trace": "benchmarks.tracing",
 }
 SCHEMA = 1
 ROUNDS = {"cpu": 30, "cuda": 50}

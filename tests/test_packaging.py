@@ -124,8 +124,8 @@ def test_every_make_target_is_phony_and_sets_up_what_it_needs():
     phony = set(re.search(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)[1].split())
     rules = dict(re.findall(r"^([a-z-]+):(.*)$", text, flags=re.MULTILINE))
     assert phony == set(rules) == {
-        "install", "lint", "format", "test", "test-gpu", "sanitize", "bench", "bench-accuracy",
-        "demo", "clean",
+        "install", "lint", "format", "test", "test-gpu", "zoo", "sanitize", "bench",
+        "bench-accuracy", "demo", "clean",
     }  # fmt: skip
     assert all("$(STAMP)" in needs for target, needs in rules.items() if target != "clean")
 

@@ -1,88 +1,204 @@
-"""Real architectures: shrunk, zeroed and gated networks are the same function, in both scopes."""
+"""Real architectures: no crash, and every offered gate shrinks to exactly the zeroed network.
+
+A diverse part of `benchmarks.zoo_models` runs always; all of it behind the marker ``zoo``
+(``make zoo``).
+"""
 
 import copy
+import dataclasses
+import json
+import time
 
 import pytest
 import torch
-import torchvision
+from torch import nn
 
 import ato_fast as ato
 from ato_fast.gates import Gates
-from ato_fast.train import models
-from nets import random_mask, randomise_norms
+from benchmarks import zoo, zoo_models
+from benchmarks.exactness import CHANGE, compare, outputs, random_mask, randomise, relative_error
+from nets import Plain
 
-TORCHVISION = [
-    "resnet18", "resnet50", "mobilenet_v2", "vgg16_bn", "densenet121", "googlenet",
-    "regnet_x_400mf", "regnet_y_400mf", "efficientnet_b0",
-    "resnext50_32x4d", "mobilenet_v3_small", "shufflenet_v2_x0_5",
+# Export's warning about caches that timm's attention layers keep.
+pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
+
+FAST = [
+    "cifar:resnet20", "own:carn_m", "own:stacked_unet", "own:dcgan_generator", "own:audio_m5",
+    "own:transformer_encoder", "torchvision:resnet18", "torchvision:squeezenet1_1",
+    "torchvision:mobilenet_v2", "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x1_0",
+    "torchvision:regnet_y_400mf", "torchvision:r3d_18", "timm:convnext_atto",
+    "timm:mambaout_femto", "timm:vit_tiny_patch16_224", "timm:levit_128s",
+    "timm:edgenext_xx_small", "timm:gmlp_ti16_224", "transformers:LlamaForCausalLM",
 ]  # fmt: skip
+GATED = [("cifar:resnet20", "inner"), ("cifar:resnet20", "all"),
+         ("torchvision:mobilenet_v2", "inner"), ("torchvision:densenet121", "all"),
+         ("torchvision:regnet_y_400mf", "inner")]  # fmt: skip
+REACHED = ["torchvision:resnet18", "torchvision:mobilenet_v2", "torchvision:resnet50",
+           "torchvision:efficientnet_b0"]  # fmt: skip
+"""Everything but the classifier's rows and the image's channels is within reach in scope "all"."""
 
 
-def build(name):
-    if name in ("resnet20", "resnet56"):
-        return models.build(name, 10, 3, (32, 32)), torch.randn(2, 3, 32, 32)
-    arguments = {"init_weights": False} if name == "googlenet" else {}
-    model = torchvision.models.get_model(name, weights=None, num_classes=20, **arguments)
-    return model, torch.randn(2, 3, 64, 64)
-
-
-@pytest.mark.parametrize("scope", ["inner", "all"])
-@pytest.mark.parametrize("name", ["resnet20", "resnet56", *TORCHVISION])
-def test_shrunk_equals_masked(name, scope):
+def traced(name, scope="all"):
+    """Model, inputs and layout of a case; the model's parameters are random after tracing."""
+    case = zoo_models.case(name)
+    if case.missing():
+        pytest.skip(case.missing())
     torch.manual_seed(0)
-    model, x = build(name)
-    model = randomise_norms(model).eval()
-    layout = ato.trace(model, (x,), scope=scope)
-    assert layout.gates
-    gates = Gates(model, layout)
-    for seed in (0, 1):
-        mask = random_mask(layout, seed)
-        masked = copy.deepcopy(model)
-        ato.zero_(masked, layout, mask)
-        small = ato.shrink(masked, layout, mask)
-        with torch.no_grad():
-            expected, got = masked(x), small(x)
-            dense = model(x)
-            gated = gates(mask, lambda m: m(x))
-        assert (expected - got).abs().max() <= 1e-5 * expected.abs().max()
-        assert (expected - gated).abs().max() <= 1e-5 * expected.abs().max()
-        assert not torch.allclose(expected, dense, rtol=1e-2)
-        assert layout.params(mask) == sum(p.numel() for p in small.parameters())
+    model, inputs = case.build().eval(), case.inputs()
+    layout = ato.trace(model, inputs, scope=scope)
+    return randomise(model), inputs, layout
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_every_offered_gate_is_exact(name):
+    model, inputs, layout = traced(name)
     grouped = {s.tensor for g in layout for s in g.slices if s.in_group}
     assert grouped | {u.tensor for u in layout.unprunable} == set(layout.parameters)
+    if not layout.gates:
+        return
+    errors = compare(model, inputs, layout, random_mask(layout, seed=0))
+    assert errors.exact, errors
+    assert errors.change > CHANGE and errors.slope > 0, errors
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "densenet121", "efficientnet_b0"])
-def test_input_gradients_equal_too(name):
-    torch.manual_seed(0)
-    model, x = build(name)
-    model = randomise_norms(model).eval()
-    layout = ato.trace(model, (x,), scope="all")
-    mask = random_mask(layout)
-    ato.zero_(model, layout, mask)
-    gradients = []
-    for module in (model, ato.shrink(model, layout, mask)):
-        point = x.clone().requires_grad_()
-        module(point).square().sum().backward()
-        gradients.append(point.grad)
-    scale = gradients[0].abs().max()
-    assert scale > 0
-    assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * scale
+@pytest.mark.slow
+@pytest.mark.zoo
+@pytest.mark.parametrize("scope", ["inner", "all"])
+@pytest.mark.parametrize("case", zoo_models.CASES, ids=lambda case: case.name)
+def test_the_whole_zoo(case, scope):
+    if case.missing():
+        pytest.skip(case.missing())
+    row = zoo.measure(case, scope)
+    assert row["status"] in ("exact", "none"), row
+
+
+@pytest.mark.parametrize(("name", "scope"), GATED)
+def test_gated_equals_shrunk(name, scope):
+    model, inputs, layout = traced(name, scope)
+    mask = random_mask(layout, seed=1)
+    small = ato.shrink(model, layout, mask)
+    with torch.no_grad():
+        expected = outputs(small(*inputs))
+        gated = outputs(Gates(model, layout)(mask.float(), lambda m: m(*inputs)))
+    assert relative_error(expected, gated) <= 1e-5
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_coverage_of_convolutional_networks(name):
+    macs, params = traced(name)[2].coverage()
+    assert macs == 1.0
+    assert params > 0.99
 
 
 def test_auxiliary_heads_still_train_after_shrinking():
-    model, x = build("googlenet")
-    layout = ato.trace(model, (x,))
-    small = ato.shrink(model, layout, random_mask(layout)).train()
-    assert small(x).logits.shape == (2, 20)
+    model, inputs, layout = traced("torchvision:googlenet", "inner")
+    small = ato.shrink(model, layout, random_mask(layout, seed=0)).train()
+    assert small(*inputs).logits.shape == (2, 1000)
 
 
-def test_coverage_of_convolutional_networks():
-    """Everything but the classifier and the image's channels is within reach in scope "all"."""
-    from ato_fast.report import coverage
+def test_the_zoo_is_wide_enough():
+    names = [case.name for case in zoo_models.CASES]
+    assert len(names) == len(set(names)) >= 65
+    assert sum(name.startswith("timm:") for name in names) >= 25
+    assert {case.kind for case in zoo_models.CASES} == set(zoo_models.KINDS)
+    assert {*FAST, *REACHED, *(name for name, _ in GATED)} <= set(names)
 
-    for name in ("resnet18", "resnet50", "mobilenet_v2", "vgg16_bn", "efficientnet_b0"):
-        model, x = build(name)
-        macs, params = coverage(ato.trace(model, (x,), scope="all"))
-        assert macs == 1.0
-        assert params > 0.99
+
+def plain():
+    torch.manual_seed(0)
+    model, x = Plain().eval(), torch.randn(2, 3, 8, 8)
+    return randomise(model), (x,), ato.trace(model, (x,))
+
+
+def test_a_planted_error_is_seen():
+    """Two channels changed places in what reads them."""
+    model, inputs, layout = plain()
+    mask = torch.ones(layout.n_groups, dtype=torch.bool)
+    mask[0] = False
+    assert compare(model, inputs, layout, mask).exact
+    reads = next(s for s in layout.gates[0].slices if s.role == "input")
+    reads.channels[[0, 1]] = reads.channels[[1, 0]]
+    wrong = compare(model, inputs, dataclasses.replace(layout), mask)
+    assert not wrong.exact
+    assert wrong.output > 1e-3 and wrong.output_float64 > 1e-3 and wrong.gradient > 1e-3
+
+
+def test_a_shrunk_network_that_does_not_run_is_seen():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.conv(x).mean((2, 3)).reshape(-1, self.width))
+
+        width = 8
+
+    model, x = Fixed().eval(), torch.randn(2, 3, 8, 8)
+    other = nn.Sequential()
+    other.conv, other.head = model.conv, model.head
+    other.forward = lambda x: other.head(other.conv(x).mean((2, 3)))
+    layout = ato.trace(other, (x,))
+    wrong = compare(model, (x,), layout, random_mask(layout, seed=0))
+    assert not wrong.exact and "the shrunk model fails: RuntimeError" in wrong.problem
+
+
+def test_randomise_leaves_nothing_constant():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.ln = nn.BatchNorm2d(8), nn.LayerNorm(8)
+            self.scale = nn.Parameter(torch.full((8,), 1e-6))
+            self.zero = nn.Parameter(torch.zeros(8, 8))
+            self.weight = nn.Parameter(torch.randn(8))
+
+    model = Small()
+    before = copy.deepcopy(model)
+    randomise(model)
+    for name, tensor in model.named_parameters():
+        assert tensor.std() > 0.03, name
+    assert torch.equal(model.weight, before.weight)
+    assert model.norm.running_mean.std() > 0 and (model.norm.running_var > 0.4).all()
+    assert torch.equal(randomise(before).scale, model.scale)
+
+
+def broken():
+    raise RuntimeError("cannot be built\nsecond line")
+
+
+def test_command_records_failures_and_goes_on(tmp_path, monkeypatch, capsys):
+    cases = [
+        zoo_models.Case("own:broken", "cnn", broken, tuple),
+        zoo_models.Case("own:absent", "cnn", broken, tuple, ("no_such_package",)),
+        zoo_models.case("own:audio_m5"),
+    ]
+    monkeypatch.setattr(zoo, "CASES", cases)
+    json_file, page = tmp_path / "zoo.json", tmp_path / "zoo.md"
+    assert zoo.main(["--json", str(json_file), "--markdown", str(page), "--masks", "1"]) == 1
+    content = json.loads(json_file.read_text())
+    assert content["complete"]
+    assert [row["status"] for row in content["cases"]] == ["crash", "skipped", "exact"]
+    assert content["cases"][0]["reason"] == "RuntimeError: cannot be built"
+    assert content["cases"][2]["macs_frac"] == 1.0
+    text = page.read_text()
+    assert "2 networks, scope `all`: 1 traced, 1 exact" in text
+    assert "1 of 2 have at least 90% of their MACs within reach; not `own:broken` (crash)." in text
+    assert "no_such_package is not installed" in text
+    capsys.readouterr()
+    assert zoo.main(["--show", str(json_file)]) == 1
+    assert capsys.readouterr().out == text + "\n"
+    assert zoo.main(["--only", "own:audio*", "--scope", "inner", "--masks", "1"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        zoo.main(["--only", "nothing"])
+
+
+def test_a_case_that_takes_too_long_is_a_crash():
+    def never_ready():
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:
+                pass
+
+    row = zoo.measure(zoo_models.Case("own:slow", "cnn", never_ready, tuple), "all", 1, 0.1)
+    assert row["status"] == "crash" and row["reason"] == "OutOfTime: it took more than 0.1 s"

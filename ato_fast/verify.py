@@ -13,7 +13,6 @@ import io
 import re
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
-from math import inf
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,6 +39,10 @@ TOLERANCE = {torch.float64: 2e-6, torch.float32: 3e-5, None: 3e-2}
 """Of the largest output. Models that compute some part in float32 whatever they are given stay
 below 1e-6, in float32 throughout below 1e-5, on the networks tried. None: the model's own, where it
 runs in neither (bfloat16 with explicit casts)."""
+
+
+ATTEMPTS = 60
+"""Sets of attributes that are tried for one kind of gate."""
 
 
 @dataclass
@@ -221,24 +224,30 @@ class Trial:
         """
         if gate.attributes:
             return None
-        left = _candidates(self.model, gate, where)
-        chosen: dict[str, int] = {}
-        reached = self._reach(layout, gate, chosen)
-        # Greedily: the attribute that lets the forward pass get furthest, until it gets through.
-        while left and reached is not None:
-            tries = {name: self._reach(layout, gate, {**chosen, name: left[name]}) for name in left}
-            best = max(tries, key=lambda name: inf if tries[name] is None else tries[name])
-            if tries[best] is not None and tries[best] <= reached:
-                return None
-            reached = tries[best]
-            chosen[best] = left.pop(best)
-        return tuple(chosen.items()) if reached is None else None
+        known = _candidates(self.model, gate, where)
+        reached = self._reach(layout, gate, {})
+        # Best first: the sets of attributes with which the forward pass gets furthest are added to.
+        waiting = [(reached, frozenset())]
+        seen = {frozenset()}
+        while waiting and len(seen) <= ATTEMPTS:
+            reached, chosen = waiting.pop(max(range(len(waiting)), key=lambda k: waiting[k][0]))
+            for name in known:
+                more = chosen | {name}
+                if more in seen:
+                    continue
+                seen.add(more)
+                attributes = {n: per for n, per in known.items() if n in more}
+                further = self._reach(layout, gate, attributes)
+                if further is None:
+                    if self._exact(*_with(layout, gate, attributes)):
+                        return tuple(attributes.items())
+                elif further > reached:
+                    waiting.append((further, more))
+        return None
 
     def _reach(self, layout: GroupLayout, gate: Gate, attributes: dict[str, int]) -> int | None:
         """Calls until the forward pass without channels of ``gate`` fails; None if it does not."""
-        with_sizes = replace(gate, attributes=tuple(attributes.items()))
-        gates = tuple(with_sizes if g is gate else g for g in layout.gates)
-        failure = self._try(replace(layout, gates=gates), [with_sizes])
+        failure = self._try(*_with(layout, gate, attributes))
         return None if failure is None else failure.calls
 
     def _numbers(self, layout: GroupLayout) -> list[Gate]:
@@ -278,14 +287,18 @@ class Trial:
             return False
         return difference(expected, got) <= TOLERANCE[dtype]
 
-    def _search(self, layout: GroupLayout, gates: list[Gate]) -> list[Gate]:
-        """The smallest parts of ``gates`` that fail; all of them where they fail only together."""
+    def _exact(self, layout: GroupLayout, gates: list[Gate]) -> bool:
+        """Whether a model that lost channels of ``gates`` alone is the zeroed one."""
         for mask in nested_masks(layout, gates):
             twin = self._twin(layout, self.dtype)
             zero_(twin, layout, mask)
             if not self._equal(twin, twin, layout, mask, self.dtype):
-                break
-        else:
+                return False
+        return True
+
+    def _search(self, layout: GroupLayout, gates: list[Gate]) -> list[Gate]:
+        """The smallest parts of ``gates`` that fail; all of them where they fail only together."""
+        if self._exact(layout, gates):
             return []
         if len(gates) == 1:
             return gates
@@ -293,6 +306,14 @@ class Trial:
         half = len(gates) // 2
         found = self._search(layout, gates[:half]) + self._search(layout, gates[half:])
         return found or gates
+
+
+def _with(
+    layout: GroupLayout, gate: Gate, attributes: dict[str, int]
+) -> tuple[GroupLayout, list[Gate]]:
+    """``layout`` with other attributes for ``gate``, and that gate."""
+    other = replace(gate, attributes=tuple(attributes.items()))
+    return replace(layout, gates=tuple(other if g is gate else g for g in layout.gates)), [other]
 
 
 def _small(model: nn.Module, layout: GroupLayout, mask) -> nn.Module:

@@ -23,7 +23,7 @@ UNREAD = "nothing that could be made smaller reads these channels"
 OTHER_AXIS = "another axis of a reshape is made smaller instead"
 HARD_CODED = (
     "the forward pass depends on this number of channels (hard-coded in a reshape, say): the "
-    "shrunk model failed or gave another output"
+    "shrunk model failed or gave another output; as_graph=True may take it"
 )
 
 
@@ -36,9 +36,6 @@ class _Classes:
         self.reason_of = np.full(labels.n_atoms, -1, dtype=np.int64)
         self.reasons: list[str] = []
         self.choices: list[np.ndarray] = []
-        for key, atoms in labels.attached.items():
-            if key[0] in walk.ignored and role_of(labels, key) in ("row", "affine"):
-                self.forbid(atoms, "left out by ignore=")
         for name, entries in walk.declared.items():
             for tensor, dim, _ in entries:
                 atoms = labels.attached.get((tensor, dim))
@@ -51,6 +48,9 @@ class _Classes:
             self.residual[self.root[atoms]] = True
         if scope == "inner":
             self.forbid(np.flatnonzero(self.residual), RESIDUAL)
+        for key, atoms in labels.attached.items():
+            if key[0] in walk.ignored and role_of(labels, key) in ("row", "affine"):
+                self.forbid(atoms, "left out by ignore=")
 
     def forbid(self, atoms: np.ndarray, reason: str) -> None:
         roots = np.unique(self.root[atoms])

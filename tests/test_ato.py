@@ -353,6 +353,7 @@ def test_a_scaled_loss_trains_alike_and_bad_gradients_skip_the_step(layout):
     ("changes", "words"),
     [
         ({"optimizer": torch.optim.AdamW}, r"optimizer: expected a callable \(model, layout\)"),
+        ({"optimizer": partial(torch.optim.AdamW, lr=1e-3)}, "expected a callable"),
         ({"optimizer": torch.optim.SGD(Net().parameters())}, "optimizer: expected a callable"),
         ({"optimizer": lambda m, _: torch.optim.SGD(m.parameters())}, "that projects groups"),
         ({"budget": 0.5}, "budget: expected an ato.Budget, got 0.5"),

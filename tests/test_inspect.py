@@ -278,7 +278,7 @@ def test_inspect_prints_and_writes_all_of_it(tmp_path, monkeypatch, capsys):
     model = models.build("resnet20", 10, 1, (16, 16))
     layout = ato.trace(model, (torch.zeros(2, 1, 16, 16),))
     assert facts == {"model": "resnet20", "input": [1, 16, 16], **describe(layout)}
-    assert shown == f"{layout}\n"
+    assert shown == f"input 1x16x16\n{layout}\n"
     assert len(facts["gates"]) == 9 and facts["n_groups"] == 3 * (16 + 32 + 64)
     assert {gate["name"] for gate in facts["gates"]} <= set(shown.split())
     drawn = drawn_names((tmp_path / "new" / "g.svg").read_bytes())

@@ -184,7 +184,7 @@ def test_squeeze_excite_follows_its_channels():
         (lambda y: y[:, torch.arange(8).flip(0)], "index"),
         (lambda y: y.cumsum(1), "cumsum"),
         (lambda y: y / y.abs(), "divided by a value that is zero with the group"),
-        (lambda y: y + torch.ones(8, 1, 1), "size does not follow"),
+        (lambda y: y + torch.ones(8, 1, 1), "whose channels stay"),
         (lambda y: F.group_norm(y, 2), "depends on this number of channels"),
         (lambda y: y.sqrt(), "sqrt"),
     ],

@@ -307,6 +307,25 @@ def test_linear_only_network():
     assert_exact(model, layout, torch.randn(4, 6))
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_stay_and_are_counted(layer):
+    model = Forward(
+        lambda m, x: m["b"](m["r"](m["a"](x).relu())[0][:, -1]),
+        a=nn.Linear(8, 16), r=layer(16, 6, num_layers=2, batch_first=True), b=nn.Linear(6, 3),
+    )  # fmt: skip
+    layout = ato.trace(model, (torch.randn(2, 5, 8),))
+    assert gates_of(layout) == {}
+    assert "recurrent layer" in reason(layout, "parts.r.weight_hh_l0")
+    matrices = sum(p.numel() for p in model.parts["r"].parameters() if p.dim() == 2)
+    assert layout.macs() == 5 * (8 * 16 + matrices) + 6 * 3
+
+
+def test_a_reason_of_the_network_comes_before_ignore():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    layout = ato.trace(model, (torch.randn(4, 6),), ignore=["0"])
+    assert "LayerNorm" in reason(layout, "0.weight")
+
+
 def test_layer_norm_says_why():
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     layout = ato.trace(model, (torch.randn(4, 6),))

@@ -374,7 +374,7 @@ def _optimizer(
     layout: GroupLayout,
 ) -> torch.optim.Optimizer:
     """The optimizer of a run, checked to be one that projects groups."""
-    theirs = isinstance(make, type) and make.__module__.startswith("torch.optim")
+    theirs = getattr(getattr(make, "func", make), "__module__", "").startswith("torch.optim")
     if theirs or not callable(make) or isinstance(make, torch.optim.Optimizer):
         raise TypeError(
             "optimizer: expected a callable (model, layout) -> optimizer such as "

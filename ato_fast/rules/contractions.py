@@ -237,4 +237,9 @@ def _recurrent(labels: Labels, out, *args, **kwargs) -> list[Value]:
                 block(item)
 
     block(args)
+    # Every weight matrix is used once a step of the sequence.
+    matrices = [v for item in args if isinstance(item, list | tuple) for v in item
+                if isinstance(v, Value) and v.tensor is not None and len(v.shape) == 2]  # fmt: skip
+    steps = math.prod(args[0].shape[:-1])
+    labels.count("recurrent", steps * sum(math.prod(v.shape) for v in matrices), ())
     return [Value.plain(shape) for shape in out]

@@ -164,7 +164,7 @@ def pairwise(labels: Labels, out, a: Value, b: Value, name: str, product: bool) 
                 labels.own(pins, "affine")
             result = result.with_dim(d, atoms, pins)
         else:
-            labels.block(atoms, f"{name} a tensor whose size does not follow")
+            labels.block(atoms, f"{name} a tensor whose channels stay")
     return Value(result.shape, result.atoms, result.pins, lost)
 
 

@@ -20,7 +20,8 @@ BUILT_IN: set[str] = set()
 # Operations whose multiply-adds are counted: their rules run even where no channel arrives.
 CONTRACTIONS = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm "
-    "mv addmm baddbmm einsum bilinear scaled_dot_product_attention".split()
+    "mv addmm baddbmm einsum bilinear scaled_dot_product_attention lstm gru rnn_tanh "
+    "rnn_relu".split()
 )
 
 
@@ -57,8 +58,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def unknown(labels: Labels, name: str, inputs: list[Value], shapes: list[tuple[int, ...]]):
     """Block every channel that an operation without a rule reads."""
+    reason = f"{name} is not known to keep channels apart (ato.rule teaches it)"
     for value in inputs:
-        labels.block_value(value, f"{name} is not known to keep channels apart")
+        labels.block_value(value, reason)
     return [Value.plain(shape) for shape in shapes]
 
 

@@ -237,7 +237,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
             round_to=arguments.round_to,
         )
     content = {"model": arguments.model, "input": list(shape), **describe(layout)}
-    lines, code = [text_of(content, layout.model_name, terminal_width())], 0
+    size = "x".join(map(str, shape))
+    lines, code = [f"input {size}", text_of(content, layout.model_name, terminal_width())], 0
     if arguments.verify:
         verified = layout.verify(model, inputs)
         failures = [str(failure) for failure in verified.failures]

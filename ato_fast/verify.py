@@ -260,7 +260,6 @@ class Trial:
         zero_(twin, layout, some)
         if self._equal(twin, twin, layout, some, coarse):
             zero_(twin, layout, one)
-            twin = twin if self.dtype is None else twin.to(self.dtype)
             if self._equal(_small(twin, layout, some), twin, layout, one, self.dtype):
                 return []
         return self._search(layout, list(layout.gates))
@@ -278,11 +277,13 @@ class Trial:
         args, kwargs = self.args, self.kwargs
         if dtype is not None:
             args, kwargs = in_dtype((args, kwargs), dtype)
+            wide = wide.to(dtype)
         expected = _run(wide, args, kwargs)
         try:
+            small = _small(model, layout, mask)
             # A graph that fails prints its code.
             with redirect_stderr(io.StringIO()):
-                got = _run(_small(model, layout, mask), args, kwargs)
+                got = _run(small if dtype is None else small.to(dtype), args, kwargs)
         except Exception:
             return False
         return difference(expected, got) <= TOLERANCE[dtype]

@@ -121,7 +121,8 @@ def _has_torchvision() -> bool:
 
 
 def trace(name: str) -> GroupLayout:
-    """Layout of torchvision's model, scope ``inner``.
+    """Layout of torchvision's model, scope ``inner``, without attention heads: the per-layer
+    projection that is compared with knows channels that are one row.
 
     Raises:
         RuntimeError: torchvision is missing.
@@ -132,7 +133,9 @@ def trace(name: str) -> GroupLayout:
 
     spec = SPECS[name]
     model = getattr(models, spec.torchvision)(weights=None).eval()
-    return ato.trace(model, (torch.zeros(2, 3, spec.pixels, spec.pixels),), scope="inner")
+    heads = [n for n, m in model.named_modules() if isinstance(m, torch.nn.MultiheadAttention)]
+    x = torch.zeros(2, 3, spec.pixels, spec.pixels)
+    return ato.trace(model, (x,), scope="inner", ignore=heads)
 
 
 def read_layout(name: str) -> GroupLayout:

@@ -6,7 +6,6 @@ Auto-Train-Once (CVPR 2024) and its siblings over fused kernels. See README.md.
 from .artifact import ArtifactError, load, save
 from .budget import Budget
 from .capture import TraceError
-from .check import Verification
 from .groups import Gate, GroupLayout, Slice, Unprunable
 from .labels import Value
 from .methods import ATO, Result, hold_out
@@ -16,6 +15,7 @@ from .rules import rule
 from .schedule import Schedule
 from .shrink import shrink, zero_
 from .trace import trace
+from .verify import Verification
 
 __version__ = "0.1.0"
 

@@ -55,24 +55,24 @@ class _Sizes:
         return [self.kept(value, d) for d in range(len(value.shape))]
 
 
-def _reshape(sizes: _Sizes, result, args: list) -> list:
+def _reshape(sizes: _Sizes, result: Value, args: list, inputs: tuple) -> list:
     return [args[0], sizes.shape(result), *args[2:]]
 
 
-def _unflatten(sizes: _Sizes, result: Value, args: list) -> list:
+def _unflatten(sizes: _Sizes, result: Value, args: list, inputs: tuple) -> list:
     rank = len(result.shape) - len(args[2]) + 1
     first = args[1] % rank
     return [*args[:2], sizes.shape(result)[first : first + len(args[2])]]
 
 
-def _split(sizes: _Sizes, result: list[Value], args: list) -> list:
+def _split(sizes: _Sizes, result: list[Value], args: list, inputs: tuple) -> list:
     dim = args[2] if len(args) > 2 else 0
     return [args[0], [sizes.kept(part, dim) for part in result], dim]
 
 
-def _slice(sizes: _Sizes, result: Value, args: list, source: Value) -> list:
+def _slice(sizes: _Sizes, result: Value, args: list, inputs: tuple) -> list:
     dim, start, end = [*args[1:], *(0, None, None)[len(args) - 1 :]][:3]
-    atoms = source.atoms[dim % len(source.shape)]
+    atoms = inputs[0].atoms[dim % len(inputs[0].shape)]
     if atoms is None:
         return args
     n = len(atoms)
@@ -83,15 +83,15 @@ def _slice(sizes: _Sizes, result: Value, args: list, source: Value) -> list:
     return [args[0], dim, before, before + sizes.kept(result, dim), *args[4:]]
 
 
-def _narrow(sizes: _Sizes, result: Value, args: list, source: Value) -> list:
-    sliced = _slice(sizes, result, [args[0], args[1], args[2], args[2] + args[3]], source)
+def _narrow(sizes: _Sizes, result: Value, args: list, inputs: tuple) -> list:
+    sliced = _slice(sizes, result, [args[0], args[1], args[2], args[2] + args[3]], inputs)
     return [args[0], args[1], sliced[2], sliced[3] - sliced[2]]
 
 
 def _grouped(place: int, tensor: int, dim: int) -> Callable:
     """Argument ``place`` counts groups of the channels of argument ``tensor`` along ``dim``."""
 
-    def edit(sizes: _Sizes, result: Value, args: list, *inputs: Value) -> list:
+    def edit(sizes: _Sizes, result: Value, args: list, inputs: tuple) -> list:
         if len(args) <= place or args[place] == 1:
             return args
         atoms, groups = inputs[tensor].atoms[dim], args[place]
@@ -144,11 +144,9 @@ def shrink_graph(model: nn.Module, layout: GroupLayout, mask) -> torch.fx.GraphM
             continue
         name = getattr(node.target, "_opname", "").removesuffix("_")
         if name in EDITS:
-            result = traced.values[node.name]
+            args = [*node.args, *node.kwargs.values()]
             inputs = traced.arguments[node.name]
-            extra = () if EDITS[name] in (_reshape, _unflatten, _split) else inputs
-            extra = extra[:1] if EDITS[name] in (_slice, _narrow) else extra
-            args = EDITS[name](sizes, result, [*node.args, *node.kwargs.values()], *extra)
+            args = EDITS[name](sizes, traced.values[node.name], args, inputs)
             node.args, node.kwargs = tuple(args), {}
             if EDITS[name] is _split:
                 # Parts that were equal may differ now.

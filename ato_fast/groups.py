@@ -333,7 +333,7 @@ class GroupLayout:
         Raises:
             TypeError, ValueError: bad arguments, or a layout of another model.
         """
-        from .check import verify
+        from .verify import verify
 
         return verify(self, model, example_inputs, kwargs, seed)
 

@@ -1,7 +1,7 @@
 """From a model to its `GroupLayout`, through `torch.export`'s graph of ATen operations.
 
 The exported graphs (evaluation and training) are walked once each; `rules` says what each operation
-does to channels, `labels.py` keeps the books, and `verify.py` tries the result on a copy.
+does to channels, `labels.py` keeps the books, and `trial.py` tries the result on a copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from .assemble import assemble, refuse
 from .capture import TraceError, check_plain
 from .groups import GroupLayout, check_widths
-from .verify import Trial
+from .trial import Trial
 from .walk import Walk
 
 SCOPES = ("inner", "all")

@@ -126,11 +126,16 @@ def _repeat_interleave(labels: Labels, out, x: Value, repeats, dim=None, **kwarg
     return result.with_dim(dim, np.repeat(x.atoms[dim], repeats), np.repeat(x.pins[dim], repeats))
 
 
+def _around_channels(labels: Labels, out, x: Value) -> tuple[Value, int]:
+    """The result of moving pixels between dimension ``c`` and the two after it, but for ``c``."""
+    c = len(x.shape) - 3
+    x = drop(labels, x, [d for d in x.labelled if d > c], "a pixel shuffle mixes this dimension")
+    return x.reshaped(out[0], [d if d < c else None for d in range(len(out[0]))]), c
+
+
 @rule("pixel_shuffle")
 def _pixel_shuffle(labels: Labels, out, x: Value, factor: int) -> Value:
-    c = len(x.shape) - 3
-    x = drop(labels, x, [d for d in x.labelled if d > c], "pixel_shuffle mixes this dimension")
-    result = x.reshaped(out[0], [d if d < c else None for d in range(len(out[0]))])
+    result, c = _around_channels(labels, out, x)
     if x.atoms[c] is None:
         return result
     atoms, pins = labels.split(x.atoms[c], x.pins[c], (x.shape[c] // factor**2, factor**2))
@@ -140,9 +145,7 @@ def _pixel_shuffle(labels: Labels, out, x: Value, factor: int) -> Value:
 
 @rule("pixel_unshuffle")
 def _pixel_unshuffle(labels: Labels, out, x: Value, factor: int) -> Value:
-    c = len(x.shape) - 3
-    x = drop(labels, x, [d for d in x.labelled if d > c], "pixel_unshuffle mixes this dimension")
-    result = x.reshaped(out[0], [d if d < c else None for d in range(len(out[0]))])
+    result, c = _around_channels(labels, out, x)
     if x.atoms[c] is None:
         return result
     times = factor**2

@@ -7,6 +7,7 @@ from .artifact import ArtifactError, load, save
 from .budget import Budget
 from .capture import TraceError
 from .groups import Gate, GroupLayout, Slice, Unprunable
+from .inplace import shrink_
 from .labels import Value
 from .methods import ATO, Result, hold_out
 from .optimizer import SGD, Adam, AdamW
@@ -43,6 +44,7 @@ __all__ = [
     "rule",
     "save",
     "shrink",
+    "shrink_",
     "trace",
     "zero_",
 ]

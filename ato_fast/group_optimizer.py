@@ -15,6 +15,8 @@ from .flat import FlatParameters
 from .groups import GroupLayout
 from .projection import Projection, check_projection, check_strength
 from .reference import ADAMW, NO_PROJECTION
+from .saved_state import check_extra, matched_state
+from .shrink import by_tensor, named_tensors, select
 
 EXTRA_KEY = "ato"
 """Key of `state_dict` with what torch.optim does not know."""
@@ -199,6 +201,61 @@ class GroupOptimizer(torch.optim.Optimizer):
         self._launch(self)
         return loss
 
+    def prepare_cut(
+        self,
+        model: nn.Module,
+        layout: GroupLayout,
+        kept: Mapping[tuple[str, int], np.ndarray],
+    ) -> Callable[[nn.Module, GroupLayout, Tensor], None]:
+        """Copy the state without what is about to be cut; see `ato_fast.shrink_`.
+
+        Args:
+            model, layout: as they still are.
+            kept: indices to keep per (tensor, dim).
+
+        Returns:
+            ``(model, smaller layout, keep)``, to be called once the parameters are cut: moves them
+            and the state to new flat buffers.
+
+        Raises:
+            ValueError: ``layout`` is not this optimizer's.
+            RuntimeError: a parameter was moved out of its flat buffer.
+        """
+        if layout.sha256 != self.layout.sha256:
+            raise ValueError(
+                f"optimizer: it was made with another layout (digest {self.layout.sha256[:12]}, "
+                f"the one given has {layout.sha256[:12]}); give optimizer.layout"
+            )
+        self.flat.check()
+        dims_of = by_tensor(kept)
+        tensors = dict(named_tensors(model))
+        own = {tensors[name]: dims for name, dims in dims_of.items()}
+        states = [
+            {k: select(v, own.get(p, {})) for k, v in self._state_views(i).items()}
+            for i, p in enumerate(self.flat.params[: self.flat.n_updated])
+        ]
+
+        def resume(model: nn.Module, layout: GroupLayout, keep: Tensor) -> None:
+            self.layout = layout
+            self.flat = FlatParameters(model, layout, [g["params"] for g in self.param_groups])
+            # The buffers that were in use get successors of the new size.
+            self._first, self._second = (
+                self.flat.new_state() if held else [] for held in (self._first, self._second)
+            )
+            self._prepare_state()
+            for index, state in enumerate(states):
+                for key, view in self._state_views(index).items():
+                    view.copy_(state[key])
+            index = torch.nonzero(keep).flatten()
+            self._keep_array = self._keep_array[index.numpy()]
+            index = index.to(self._mask.device)
+            self._mask, self._strength, self._threshold = (
+                held.index_select(0, index)
+                for held in (self._mask, self._strength, self._threshold)
+            )
+
+        return resume
+
     def op_arguments(self) -> tuple[Any, ...]:
         """Arguments of ``ato_fast::group_step_`` (`ops.py`) for the step now due."""
         if not self._first and self._needs_first():
@@ -272,7 +329,7 @@ class GroupOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"state_dict: expected an optimizer's, {key!r} is missing")
         groups = state_dict["param_groups"]
         extra = state_dict.get(EXTRA_KEY)
-        values = self._matched_state(groups, state_dict["state"])
+        values = matched_state(self, groups, state_dict["state"])
         for group in groups:
             missing = sorted(self._required - group.keys())
             if missing:
@@ -289,7 +346,7 @@ class GroupOptimizer(torch.optim.Optimizer):
                 )
             self._check_group(group)
         if extra is not None:
-            self._check_extra(extra)
+            check_extra(self, extra)
         plain = {k: v for k, v in state_dict.items() if k != EXTRA_KEY}
         super().load_state_dict({**plain, "state": {}})
         for group in self.param_groups:
@@ -303,19 +360,6 @@ class GroupOptimizer(torch.optim.Optimizer):
         if extra is not None:
             self.set_mask(extra["mask"], extra["strength"], threshold=extra["threshold"])
 
-    def _check_extra(self, extra: Mapping[str, Any]) -> None:
-        missing = sorted({"mask", "strength", "threshold", "layout"} - extra.keys())
-        if missing:
-            raise ValueError(f"state_dict: its {EXTRA_KEY!r} entry lacks {', '.join(missing)}")
-        if extra["layout"] != self.layout.sha256:
-            raise ValueError(
-                f"state_dict: it belongs to another layout (digest {extra['layout'][:12]}, "
-                f"this one's is {self.layout.sha256[:12]})"
-            )
-        self.layout.check_mask(extra["mask"], "state_dict: mask")
-        for name in ("strength", "threshold"):
-            check_strength(extra[name], self._strength, f"state_dict: {name}")
-
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would still step this model's buffers.
 
@@ -327,45 +371,7 @@ class GroupOptimizer(torch.optim.Optimizer):
             "model's parameters view; save state_dict() and load it into a new optimizer"
         )
 
-    def _matched_state(
-        self, groups: list[dict[str, Any]], state: Mapping[int, Mapping[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Saved state per parameter of ours, checked against shapes."""
-        if len(groups) != len(self.param_groups):
-            raise ValueError(
-                f"state_dict: expected {len(self.param_groups)} parameter group(s), "
-                f"got {len(groups)}"
-            )
-        values = []
-        for row, (saved, own) in enumerate(zip(groups, self.param_groups, strict=True)):
-            if len(saved["params"]) != len(own["params"]):
-                raise ValueError(
-                    f"state_dict: group {row}: expected {len(own['params'])} parameters, "
-                    f"got {len(saved['params'])}"
-                )
-            for key, param in zip(saved["params"], own["params"], strict=True):
-                name = self.flat.names[len(values)]
-                entry = dict(state.get(key, {}))
-                self._complete(entry)
-                for field, value in entry.items():
-                    if field != "step" and isinstance(value, Tensor) and value.shape != param.shape:
-                        raise ValueError(
-                            f"state_dict: {name}, {field}: expected shape {tuple(param.shape)}, "
-                            f"got {tuple(value.shape)}"
-                        )
-                    if isinstance(value, (int, float)):
-                        value = torch.tensor(float(value))
-                    if not isinstance(value, Tensor):
-                        raise ValueError(
-                            f"state_dict: {name}, {field}: expected a tensor or a number, "
-                            f"got {value!r}"
-                        )
-                    # A copy: the dictionary may be this optimizer's own, whose states are views.
-                    entry[field] = value.detach().clone()
-                values.append(entry)
-        return values
-
-    def _complete(self, entry: dict[str, Any]) -> None:
+    def complete_state(self, entry: dict[str, Any]) -> None:
         """Derive what torch's entry lacks."""
 
 

@@ -282,6 +282,42 @@ class GroupLayout:
                 kept[tensor, dim] = np.flatnonzero(alive)
         return kept
 
+    def shrunk(self, mask: torch.Tensor | np.ndarray) -> GroupLayout:
+        """The layout of the model that `shrink` makes of this one's: the kept groups, in order.
+
+        Raises:
+            ValueError: as `check_keep`.
+        """
+        keep = self.check_keep(mask).numpy()
+        kept = self.kept_indices(keep)
+        gates: list[Gate] = []
+        offset = 0
+        for gate in self.gates:
+            # The last entry is for channels in no gate, -1.
+            new_index = np.full(gate.n + 1, -1, dtype=np.int64)
+            alive = keep[gate.span]
+            new_index[:-1][alive] = np.arange(alive.sum())
+            slices = tuple(
+                replace(
+                    part,
+                    channels=new_index[part.channels][
+                        kept.get((part.tensor, part.dim), slice(None))
+                    ],
+                )
+                for part in gate.slices
+            )
+            gates.append(replace(gate, n=int(alive.sum()), slices=slices, offset=offset))
+            offset += gates[-1].n
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        for (tensor, dim), indices in kept.items():
+            shapes[tensor][dim] = len(indices)
+        return replace(
+            self,
+            gates=tuple(gates),
+            shapes={name: tuple(shape) for name, shape in shapes.items()},
+            traced=None,
+        )
+
     @cached_property
     def cost(self):
         """The `Cost` of this layout: MACs and parameters as functions of the mask."""

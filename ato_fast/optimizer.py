@@ -89,7 +89,8 @@ class SGD(GroupOptimizer):
             return {}
         return {"momentum_buffer": self.flat.view(self._first, index)}
 
-    def _complete(self, entry: dict[str, Any]) -> None:
+    def complete_state(self, entry: dict[str, Any]) -> None:
+        """As `GroupOptimizer.complete_state`."""
         if entry.get("momentum_buffer") is None:
             entry.clear()
         else:
@@ -150,7 +151,8 @@ class Adam(GroupOptimizer):
     def _needs_first(self) -> bool:
         return True
 
-    def _complete(self, entry: dict[str, Any]) -> None:
+    def complete_state(self, entry: dict[str, Any]) -> None:
+        """As `GroupOptimizer.complete_state`."""
         missing = sorted({"step", "exp_avg", "exp_avg_sq"} - entry.keys())
         if entry and missing:
             raise ValueError(f"state_dict: an entry of its state lacks {', '.join(missing)}")

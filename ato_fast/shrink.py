@@ -135,16 +135,23 @@ def shrink(model: nn.Module, layout: GroupLayout, mask, as_graph: bool = False) 
         )
     kept = layout.kept_indices(mask)
     keep = layout.check_keep(mask)
+    attributes = new_attributes(model, layout, keep)
+    dense = dict(named_tensors(model))
+    small = duplicate(model, cut_tensors(dense, kept))
+    shapes = {name: list(tensor.shape) for name, tensor in dense.items()}
+    _finish(small, dense, shapes, kept, attributes)
+    return small
+
+
+def new_attributes(model: nn.Module, layout: GroupLayout, keep: torch.Tensor) -> dict[str, int]:
+    """Sizes that modules keep for themselves, by dotted path, once ``keep`` (bool) is cut."""
     attributes: dict[str, int] = {}
     for gate in layout.gates:
         dropped = gate.n - int(keep[gate.span].sum())
         for path, per_channel in gate.attributes if dropped else ():
             now = attributes[path] if path in attributes else attribute(model, path)
             attributes[path] = now - per_channel * dropped
-    dense = dict(named_tensors(model))
-    small = duplicate(model, cut_tensors(dense, kept))
-    _finish(small, dense, kept, attributes)
-    return small
+    return attributes
 
 
 def cut(
@@ -152,14 +159,35 @@ def cut(
 ) -> None:
     """Keep only the given indices, per (tensor, dim), in place, and record them as a recipe.
 
-    ``attributes`` are new values of sizes that modules keep for themselves, by dotted path.
+    Parameters and buffers stay the objects they are; gradients are cut along.
+
+    Args:
+        model: its tensors are cut.
+        kept: indices to keep.
+        attributes: new values of sizes that modules keep for themselves, by dotted path.
     """
-    dense = dict(named_tensors(model))
-    new = cut_tensors(dense, kept)
-    for name, tensor in dense.items():
-        if id(tensor) in new:
-            replace_tensor(model, name, new[id(tensor)])
-    _finish(model, dense, kept, attributes)
+    tensors = dict(named_tensors(model))
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    cut = {id(tensors[name]): (tensors[name], dims) for name, dims in by_tensor(kept).items()}
+    for tensor, dims in cut.values():
+        grad = tensor.grad
+        set_data(tensor, select(tensor, dims))
+        if grad is not None:
+            tensor.grad = select(grad, dims)
+    _finish(model, tensors, shapes, kept, attributes)
+
+
+@torch.no_grad()
+def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Let ``tensor`` hold ``data``, of another shape, from now on; its gradient is dropped."""
+    if isinstance(tensor, nn.Parameter):
+        tensor.grad = None
+        # A loss that is kept holds the node that accumulates gradients of the old shape, and the
+        # next graph would use it again. Autograd makes a new node where the dtype changes.
+        other = torch.float32 if data.dtype == torch.float64 else torch.float64
+        tensor.data = data.new_empty(0, dtype=other)
+    tensor.data = data
+    torch.autograd.graph.increment_version(tensor)
 
 
 def attribute(model: nn.Module, path: str) -> int:
@@ -168,23 +196,31 @@ def attribute(model: nn.Module, path: str) -> int:
     return getattr(model.get_submodule(owner), name)
 
 
-def _by_tensor(kept: dict[tuple[str, int], np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
-    by_tensor: dict[str, dict[int, np.ndarray]] = {}
+def by_tensor(kept: dict[tuple[str, int], np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
+    """Indices to keep per dimension, by tensor."""
+    dims_of: dict[str, dict[int, np.ndarray]] = {}
     for (name, dim), indices in kept.items():
-        by_tensor.setdefault(name, {})[dim] = indices
-    return by_tensor
+        dims_of.setdefault(name, {})[dim] = indices
+    return dims_of
 
 
 def cut_tensors(
     dense: dict[str, torch.Tensor], kept: dict[tuple[str, int], np.ndarray]
 ) -> dict[int, torch.Tensor]:
     """The smaller tensors, by ``id`` of the ones they replace."""
-    return {id(dense[n]): _select(dense[n], dims) for n, dims in _by_tensor(kept).items()}
+    smaller = {}
+    for name, dims in by_tensor(kept).items():
+        old, new = dense[name], select(dense[name], dims)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        smaller[id(old)] = new
+    return smaller
 
 
 def _finish(
     model: nn.Module,
     dense: dict[str, torch.Tensor],
+    shapes: Mapping[str, list[int]],
     kept: dict[tuple[str, int], np.ndarray],
     attributes: Mapping[str, int],
 ) -> None:
@@ -194,8 +230,8 @@ def _finish(
         names.setdefault(id(tensor), []).append(name)
     kept_of: dict[str, dict[int, np.ndarray]] = {}
     recipe = {name: dict(entry) for name, entry in getattr(model, RECIPE, {}).items()}
-    for name, dims in _by_tensor(kept).items():
-        entry = recipe.get(name) or {"shape": list(dense[name].shape), "keep": {}}
+    for name, dims in by_tensor(kept).items():
+        entry = recipe.get(name) or {"shape": shapes[name], "keep": {}}
         entry["keep"] = dict(entry["keep"])
         for dim, indices in dims.items():
             before = entry["keep"].get(str(dim))
@@ -217,18 +253,15 @@ def _finish(
     setattr(model, ATTRIBUTES, {**getattr(model, ATTRIBUTES, {}), **attributes})
 
 
-def _select(old: torch.Tensor, dims: dict[int, np.ndarray]) -> torch.Tensor:
-    with torch.no_grad():
-        new = old.detach()
-        for dim, indices in dims.items():
-            new = new.index_select(dim, torch.from_numpy(np.asarray(indices)).to(old.device))
-        if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
-            new = new.contiguous(memory_format=torch.channels_last)
-        else:
-            new = new.contiguous()
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(new, requires_grad=old.requires_grad)
-    return new
+@torch.no_grad()
+def select(old: torch.Tensor, dims: Mapping[int, np.ndarray]) -> torch.Tensor:
+    """A copy of ``old`` with the given indices per dimension, in its memory format."""
+    new = old.detach()
+    for dim, indices in dims.items():
+        new = new.index_select(dim, torch.from_numpy(np.asarray(indices)).to(old.device))
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        return new.contiguous(memory_format=torch.channels_last)
+    return new.contiguous()
 
 
 def replace_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -10,7 +10,8 @@ zeroing  the mask is frozen; dropped groups are driven to exact zero
 finetune dropped groups are exactly zero (``fidelity="paper"``: still pulled, with large strength)
 ======== ================================================================================
 
-All boundaries are given as fractions of the run and resolved to optimizer steps.
+All boundaries are given as fractions of the run and resolved to optimizer steps. Groups that are
+exactly zero are cut out of the network while it trains, in stages, from ``shrink_start`` on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Boundaries:
     projection_start: int
     strong_start: int
     controller_drop: int
+    shrink_start: int
     freeze: int
     zero_by: int
     end: int
@@ -44,6 +46,12 @@ class Schedule:
         epochs, steps_per_epoch: length of the run.
         controller_start, projection_start, freeze, zero_by: fractions of the run, in this order.
             From ``zero_by`` on every dropped group is exactly zero.
+        shrink_start: from here on groups are driven to exact zero and cut, the least wanted first,
+            in stages that end at ``zero_by``; ``None``: the freeze. Before the freeze, where the
+            mask may still change, what is cut is gone all the same. (``fidelity="paper"`` cuts
+            from the freeze on what its strengths have driven to zero.)
+        shrink_every: fraction of the run from one cut to the next; 0 cuts at the end only, so that
+            training costs what dense training costs.
         controller_drop: when the controller's learning rate is divided by 10; ``None``: at 97.6 %
             of the way from the start of the run to the freeze (epoch 122 of 125, as published).
         controller_interval: model steps per controller step. ``None``: the published 20, or less
@@ -66,6 +74,8 @@ class Schedule:
     projection_start: float = 0.2
     freeze: float = 0.5
     zero_by: float = 0.65
+    shrink_start: float | None = None
+    shrink_every: float = 0.05
     controller_drop: float | None = None
     controller_interval: int | None = None
     controller_steps: int = 200
@@ -83,6 +93,8 @@ class Schedule:
             "projection_start",
             "freeze",
             "zero_by",
+            "shrink_start",
+            "shrink_every",
             "controller_drop",
             "strong_start",
         ):
@@ -103,6 +115,13 @@ class Schedule:
                     f"{later}: expected after {name} (step {step} of {self.steps.end}), "
                     f"got step {later_step}; move the fractions apart or train for longer"
                 )
+        steps = self.steps
+        if not steps.projection_start <= steps.shrink_start <= steps.freeze:
+            raise ValueError(
+                f"shrink_start: expected from projection_start to freeze (steps "
+                f"{steps.projection_start} to {steps.freeze} of {steps.end}), got step "
+                f"{steps.shrink_start}"
+            )
         if self.steps.zero_by >= self.steps.end:
             raise ValueError(
                 f"zero_by: expected before the end of the run (step {self.steps.end}), got step "
@@ -124,6 +143,7 @@ class Schedule:
             projection_start=at(self.projection_start),
             strong_start=freeze if self.strong_start is None else at(self.strong_start),
             controller_drop=round(drop),
+            shrink_start=freeze if self.shrink_start is None else at(self.shrink_start),
             freeze=freeze,
             zero_by=at(self.zero_by),
             end=end,
@@ -148,6 +168,28 @@ class Schedule:
         n = self.n_controller_steps
         return (done + 1) * n // window - done * n // window
 
+    @cached_property
+    def cuts(self) -> tuple[int, ...]:
+        """Steps before which the network is cut, ascending; empty without ``shrink_every``.
+
+        The stages from ``shrink_start`` to ``zero_by``, as even as steps allow; the freeze, for
+        what is at zero by then; and every ``shrink_every`` after it, for what was late.
+        """
+        steps = self.steps
+        every = max(1, round(self.shrink_every * steps.end))
+        if not self.shrink_every:
+            return ()
+        span = steps.zero_by - steps.shrink_start
+        n = -(-span // every)
+        stages = {steps.shrink_start + round(i * span / n) for i in range(1, n + 1)}
+        late = range(steps.zero_by + every, steps.end, every)
+        return tuple(sorted(stages | {steps.freeze} | set(late)))
+
+    def deadline(self, step: int) -> int:
+        """The step by which groups that are due now are zero: the next cut, at most ``zero_by``."""
+        later = (cut for cut in self.cuts if cut > step)
+        return min(next(later, self.steps.zero_by), self.steps.zero_by)
+
     def phase(self, step: int) -> str:
         """Name of the phase that optimizer step ``step`` (from 0) belongs to, one of `PHASES`."""
         steps = self.steps
@@ -165,10 +207,10 @@ class Schedule:
 
         With E = 245: controller from epoch 25, projection from 50, strength 10 before epoch
         H = (E - 5) // 2 = 120 and 1000 from there on, freeze at H + 5 = 125, one controller step
-        every 20 model steps, its learning rate divided by 10 at epoch 122. Under
-        ``fidelity="default"`` dropped groups are zero by the middle of what remains. In a short run
-        every 20 steps are too few for the controller to reach its budget:
-        ``controller_interval=None`` adapts them.
+        every 20 model steps, its learning rate divided by 10 at epoch 122. In a short run every 20
+        steps are too few for the controller to reach its budget: ``controller_interval=None``
+        adapts them. Under ``fidelity="default"`` groups are cut from the start of the projection
+        on, the last of them 10 epochs after the freeze.
 
         Args:
             changes: any other argument of `Schedule`.
@@ -186,7 +228,9 @@ class Schedule:
             "projection_start": round(epochs * 50 / 245) / epochs,
             "strong_start": half / epochs,
             "freeze": freeze / epochs,
-            "zero_by": (freeze + epochs) / 2 / epochs,
+            "shrink_start": round(epochs * 50 / 245) / epochs,
+            "zero_by": (freeze + min(epochs - freeze - 1, max(1, round(epochs * 10 / 245))))
+            / epochs,
             "controller_drop": int(0.98 * (epochs - 5) / 2 + 5) / epochs,
             "controller_interval": CONTROLLER_INTERVAL,
         }
@@ -194,12 +238,14 @@ class Schedule:
 
     @classmethod
     def fast(cls, epochs: int, steps_per_epoch: int, **changes) -> Schedule:
-        """Freezes at 25 % of the run, so that most of it can run on the small network."""
+        """Cuts from 6 % of the run on and is done at 22 %: most of it runs on the small network."""
         early = {
-            "controller_start": 0.05,
-            "projection_start": 0.1,
-            "freeze": 0.25,
-            "zero_by": 0.4,
+            "controller_start": 0.02,
+            "projection_start": 0.06,
+            "shrink_start": 0.06,
+            "freeze": 0.2,
+            "zero_by": 0.22,
+            "shrink_every": 0.04,
         }
         return cls(epochs, steps_per_epoch, **{**early, **changes})
 

@@ -43,6 +43,8 @@ STEPS_PER_EPOCH = 4
 SGD = partial(ato.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(ato.AdamW, lr=2e-3)
 SCHEDULE = ato.Schedule(10, STEPS_PER_EPOCH, freeze=0.5, zero_by=0.7, controller_steps=60)
+WHOLE = ato.Schedule(**{**SCHEDULE.state(), "shrink_every": 0.0})
+"""As `SCHEDULE`, but nothing is cut before the end."""
 PAPER = ato.Schedule.paper(12, STEPS_PER_EPOCH, controller_interval=1)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ato_fast as ato
-import ato_fast.methods.ato as ato_module
+import ato_fast.methods.pull as pull_module
 from ato_fast.methods.search import GAMMA
 from runs import (
     ADAMW,
@@ -23,6 +23,7 @@ from runs import (
     SCHEDULE,
     SGD,
     TRAIN,
+    WHOLE,
     Net,
     new_run,
     train,
@@ -39,8 +40,8 @@ def dropped_norms(run):
 
 
 def test_phases_happen_at_the_stated_steps(layout, monkeypatch):
-    run = new_run(layout)
-    steps = SCHEDULE.steps
+    run = new_run(layout, schedule=WHOLE)
+    steps = WHOLE.steps
     assert (steps.controller_start, steps.projection_start, steps.freeze, steps.zero_by) == (
         4, 8, 20, 28,
     )  # fmt: skip
@@ -67,8 +68,8 @@ def test_phases_happen_at_the_stated_steps(layout, monkeypatch):
     expected = [step for step in range(40) for _ in range(SCHEDULE.controller_due(step))]
     assert controller == expected
     assert (controller[0], controller[-1], len(controller)) == (4, 19, 60)
-    # One mask per epoch of projection, and the frozen one.
-    assert [step for kind, step in events if kind == "mask"] == [8, 12, 16, 20]
+    # One mask per epoch of projection, the frozen one, and its last strength.
+    assert [step for kind, step in events if kind == "mask"] == [8, 12, 16, 20, 28]
     assert run.epoch == 10
     assert [entry["phase"] for entry in run.history] == phases[3::4]
 
@@ -93,13 +94,13 @@ def test_before_the_search_it_is_ordinary_training(layout):
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["SGD", "AdamW"])
 @pytest.mark.parametrize("projection", [ato.Prox(), ato.HalfSpace()], ids=["prox", "halfspace"])
 def test_exact_zero_from_the_end_of_the_ramp(layout, optimizer, projection):
-    run = new_run(layout, optimizer=partial(optimizer, projection=projection))
-    train(run, SCHEDULE.steps.zero_by - 1)
+    run = new_run(layout, schedule=WHOLE, optimizer=partial(optimizer, projection=projection))
+    train(run, WHOLE.steps.zero_by)
     assert (~run.mask).sum() > 0
     mask = run.mask.clone()
-    train(run, 1)
     assert run.phase == "finetune"
-    for _ in range(12):
+    train(run, 1)
+    for _ in range(11):
         assert run.optimizer.n_zero() == (~mask).sum()
         assert (dropped_norms(run) == 0).all()
         train(run, 1)
@@ -108,26 +109,26 @@ def test_exact_zero_from_the_end_of_the_ramp(layout, optimizer, projection):
 
 
 def test_exact_zero_also_between_two_looks_at_the_norms(layout, monkeypatch):
-    monkeypatch.setattr(ato_module, "RAMP_REFRESHES", 3)
-    run = train(new_run(layout), SCHEDULE.steps.freeze)
+    monkeypatch.setattr(pull_module, "REFRESHES", 3)
+    run = train(new_run(layout, schedule=WHOLE), WHOLE.steps.freeze)
     looks = []
     norms = run.optimizer.group_norms
     monkeypatch.setattr(run.optimizer, "group_norms", lambda: (looks.append(run._step), norms())[1])
-    train(run, SCHEDULE.steps.zero_by - SCHEDULE.steps.freeze)
-    assert looks == [20, 22, 24, 26, 27]
+    train(run, WHOLE.steps.zero_by - WHOLE.steps.freeze + 1)
+    assert looks == [20, 22, 24, 26, 27, 28]
     assert (norms()[~run.mask] == 0).all()
 
 
 def test_the_ramp_is_gradual(layout):
-    run = train(new_run(layout), SCHEDULE.steps.freeze)
+    run = train(new_run(layout, schedule=WHOLE), WHOLE.steps.freeze)
     train(run, 1)
     norms = [dropped_norms(run).sum().item()]
-    for _ in range(SCHEDULE.steps.zero_by - SCHEDULE.steps.freeze - 1):
+    for _ in range(WHOLE.steps.zero_by - WHOLE.steps.freeze - 1):
         train(run, 1)
         norms.append(dropped_norms(run).sum().item())
-    assert norms[-1] == 0
-    drops = -np.diff(norms) / norms[0]
     # Eight equal steps would be 1/8 of the start each; gradients push back and forth a little.
+    assert norms[-1] < 0.02 * norms[0]
+    drops = -np.diff(norms) / norms[0]
     assert (drops > 0.05).all() and (drops < 0.25).all()
 
 
@@ -198,8 +199,8 @@ def test_resume_is_bit_exact(layout, tmp_path, k, fidelity):
     torch.save({"model": first.model.state_dict(), "run": first.state_dict()}, tmp_path / "state")
     state = torch.load(tmp_path / "state", weights_only=True)
     second = new_run(layout, model_seed=99, seed=0, controller_data=loader(), **arguments)
-    second.model.load_state_dict(state["model"])
     second.load_state_dict(state["run"])
+    second.model.load_state_dict(state["model"])
     assert second._step == k
     train(second, k)
 
@@ -262,7 +263,7 @@ def test_state_of_another_run_is_refused(layout):
         with pytest.raises(ValueError, match=words):
             new_run(layout, **{name: value}).load_state_dict(state)
     for nothing in ({}, None, "state"):
-        with pytest.raises(ValueError, match="state: expected an ATO run's, of version 1"):
+        with pytest.raises(ValueError, match="state: expected an ATO run's, of version 2"):
             new_run(layout).load_state_dict(nothing)
     other = ato.trace(
         nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), (torch.rand(2, 4),)

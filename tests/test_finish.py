@@ -8,9 +8,10 @@ import torch
 
 import ato_fast as ato
 import ato_fast.methods.finish as finish_module
-from ato_fast.methods.finish import mask_sha256, relative_error
+from ato_fast.methods.equality import relative_error
+from ato_fast.methods.finish import mask_sha256
 from ato_fast.probe import cpu_inputs
-from runs import EXAMPLE, HELD, Net, accuracy, new_run, train
+from runs import EXAMPLE, HELD, WHOLE, Net, accuracy, new_run, train
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def layout():
 
 
 def dropped_norms(run):
-    return run.optimizer.group_norms()[~run.mask]
+    return run.optimizer.group_norms()[~run.live.of(run.mask)]
 
 
 def test_finish(layout):
@@ -41,14 +42,14 @@ def test_finish(layout):
     assert report["accuracy_before_projection"] is None
     assert report["equality_rel_err"] <= 1e-5
     assert report["mask_sha256"] == mask_sha256(layout, result.mask)
-    assert set(report["seconds"]) == {"controller", "projection"}
+    assert set(report["seconds"]) == {"controller", "projection", "cutting", "evaluate"}
     assert report["seconds"]["controller"] > 0
     x = HELD[0]
     torch.testing.assert_close(result.model.eval()(x), run.model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_unfinished_groups_are_zeroed_and_counted(layout):
-    run = train(new_run(layout), 24)
+    run = train(new_run(layout, schedule=WHOLE), 24)
     unfinished = int((dropped_norms(run) != 0).sum())
     assert unfinished == (~run.mask).sum() > 0
     seen = []

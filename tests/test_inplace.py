@@ -5,67 +5,19 @@ import math
 import socket
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from cuts import ADAMW, MAKERS, MODELS, SGD, close, loss_of, plain, step, whole
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.models import VisionTransformer
 
 import ato_fast as ato
 from ato_fast.inplace import nonzero_groups
-from ato_fast.train import models
-from nets import Plain, random_mask, randomise_norms
+from nets import Plain, random_mask
 
 N_UPDATES = 20
-
-
-def cnn():
-    torch.manual_seed(0)
-    return randomise_norms(models.build("resnet20", 5, 3, (16, 16))), torch.randn(4, 3, 16, 16)
-
-
-def vit():
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        image_size=16, patch_size=4, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64,
-        num_classes=5,
-    )  # fmt: skip
-    nn.init.normal_(model.heads.head.weight, std=0.3)
-    return model, torch.randn(4, 3, 16, 16)
-
-
-def plain():
-    torch.manual_seed(0)
-    return randomise_norms(Plain()), torch.randn(4, 3, 8, 8)
-
-
-MODELS = {"cnn": cnn, "vit": vit}
-SGD = partial(ato.SGD, lr=0.02, momentum=0.9, weight_decay=1e-3)
-ADAMW = partial(ato.AdamW, lr=1e-3, weight_decay=1e-2)
-MAKERS = {"sgd": SGD, "adamw": ADAMW}
-
-
-def close(a, b, limit=1e-5):
-    return (a - b).abs().max() <= limit * a.abs().max()
-
-
-def targets(n):
-    return torch.arange(n) % 5
-
-
-def loss_of(model, x, autocast=False):
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return F.cross_entropy(model(x), targets(len(x)))
-
-
-def step(model, optimizer, x, autocast=False):
-    loss_of(model, x, autocast).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def averaged(model):
@@ -101,10 +53,6 @@ def kept_part(named, layout, mask):
                 tensor = tensor.index_select(dim, torch.from_numpy(indices))
         parts.append(tensor.detach().double().flatten())
     return torch.cat(parts)
-
-
-def whole(named):
-    return torch.cat([tensor.detach().double().flatten() for _, tensor in named])
 
 
 def gradients(model):
@@ -333,83 +281,3 @@ class TestReferencesKeepWorking:
         for p in model.parameters():
             assert torch.equal(optimizer.state[p]["exp_avg"], other.state[p]["exp_avg"])
             assert optimizer.state[p]["step"] == other.state[p]["step"] == 1
-
-
-class TestRefusals:
-    """Nothing is cut where something would be lost; everything is as it was."""
-
-    @pytest.fixture
-    def made(self):
-        model, x = plain()
-        layout = ato.trace(model, (x[:2],))
-        return model, x, layout, random_mask(layout)
-
-    def unchanged(self, model, action, error, match):
-        before = whole(model.state_dict().items())
-        with pytest.raises(error, match=match):
-            action()
-        assert torch.equal(before, whole(model.state_dict().items()))
-
-    def test_groups_that_are_not_zero(self, made):
-        model, _, layout, mask = made
-        n = int((~mask).sum())
-        match = f"{n} of {n} dropped groups are not zero, the first is channel"
-        self.unchanged(model, lambda: ato.shrink_(model, layout, mask), ValueError, match)
-
-    def test_one_entry_left(self, made):
-        model, _, layout, mask = made
-        ato.zero_(model, layout, mask)
-        gate = layout.gates[1]
-        at = int((~mask[gate.span]).nonzero()[0])
-        model.b[1].bias.data[at] = 1e-30
-        match = f"1 of .* the first is channel {at} of gate {gate.name}"
-        self.unchanged(model, lambda: ato.shrink_(model, layout, mask), ValueError, match)
-
-    def test_an_optimizer_of_another_layout(self, made):
-        model, _, layout, mask = made
-        ato.zero_(model, layout, mask)
-        other = SGD(model, ato.trace(model, (torch.zeros(2, 3, 8, 8),), ignore=["a.0"]))
-        action = partial(ato.shrink_, model, layout, mask, optimizer=other)
-        self.unchanged(model, action, ValueError, "optimizer: it was made with another layout")
-
-    def test_an_optimizer_of_another_model(self, made):
-        model, _, layout, mask = made
-        ato.zero_(model, layout, mask)
-        other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-        action = partial(ato.shrink_, model, layout, mask, optimizer=other)
-        self.unchanged(model, action, ValueError, "optimizer: it steps no parameter of this model")
-
-    def test_state_that_is_not_shaped_like_its_parameter(self, made):
-        model, x, layout, mask = made
-        optimizer = torch.optim.Adafactor(model.parameters())
-        step(model, optimizer, x)
-        ato.zero_(model, layout, mask)
-        action = partial(ato.shrink_, model, layout, mask, optimizer=optimizer)
-        self.unchanged(model, action, ValueError, "Adafactor cannot be cut")
-
-    def test_something_else_as_optimizer(self, made):
-        model, _, layout, mask = made
-        ato.zero_(model, layout, mask)
-        action = partial(ato.shrink_, model, layout, mask, optimizer="sgd")
-        self.unchanged(model, action, TypeError, "optimizer: expected a torch.optim.Optimizer")
-
-    def test_the_model_as_its_own_average(self, made):
-        model, _, layout, mask = made
-        ato.zero_(model, layout, mask)
-        action = partial(ato.shrink_, model, layout, mask, ema=model)
-        self.unchanged(model, action, ValueError, "ema: it is the model itself")
-
-    def test_an_optimizer_that_was_not_told_of_the_cut_says_so(self, made):
-        model, x, layout, mask = made
-        optimizer = SGD(model, layout)
-        ato.zero_(model, layout, mask)
-        ato.shrink_(model, layout, mask)
-        loss_of(model, x).backward()
-        with pytest.raises(RuntimeError, match="no longer lives in the optimizer's flat buffer"):
-            optimizer.step()
-
-    def test_a_mask_that_keeps_everything_changes_nothing(self, made):
-        model, _, layout, _ = made
-        before = [p.data_ptr() for p in model.parameters()]
-        assert ato.shrink_(model, layout, torch.ones(layout.n_groups)) is layout
-        assert before == [p.data_ptr() for p in model.parameters()]

@@ -40,8 +40,8 @@ def test_default_and_fast_resolve_to_steps():
     steps = Schedule(90, 100, freeze=0.5, zero_by=0.6).steps
     assert (steps.freeze, steps.zero_by, steps.end) == (4500, 5400, 9000)
     assert steps.strong_start == steps.freeze
-    assert Schedule.fast(100, 10).steps.freeze == 250
-    assert Schedule.fast(100, 10, freeze=0.3).steps.freeze == 300
+    assert Schedule.fast(100, 10).steps.freeze == 200
+    assert Schedule.fast(100, 10, freeze=0.21).steps.freeze == 210
     with pytest.raises(AttributeError):
         Schedule(90, 100).freeze = 0.1
 

@@ -9,7 +9,6 @@ but it is saved with the run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,25 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Budget
+from ..group_optimizer import GroupOptimizer
 from ..groups import GroupLayout
+from ..inplace import plain
 from ..schedule import Schedule
 from ..trace import trace
 from .clock import Clock
 from .finish import Result, finish
+from .live import Live, scored
+from .pull import Pull, published_share
 from .search import Search, cross_entropy
-
-RAMP_REFRESHES = 50
-"""How often the ramp looks at the groups' norms again; between two looks it is a straight line."""
+from .state import restore, state_of
 
 CONTROLLER_LR = 1e-3
-STATE_VERSION = 1
+SECONDS = ("controller", "projection", "cutting", "evaluate")
 
 
 class ATO:
     """Drives one run: call `step` where the optimizer's step was, `finish` at the end.
 
+    Groups that are exactly zero are cut out of ``model`` while it trains (`Schedule.cuts`): model,
+    parameters and optimizer stay the objects they are and get smaller.
+
     Args:
-        model: trained in place; on its final device.
+        model: trained in place; on its final device. A `DistributedDataParallel` or `torch.compile`
+            wrapper goes here too, so that it learns of the cuts.
         example_inputs: tuple of tensors, what ``model(*example_inputs)`` takes.
         optimizer: ``(model, layout) -> optimizer`` with ``set_mask``, e.g.
             ``partial(ato.AdamW, lr=1e-3)``.
@@ -50,6 +55,9 @@ class ATO:
         fidelity: ``"default"`` or ``"paper"`` (see the module's docstring and `Search`).
         seed: of the controller, its noise and its data order. Equal on every rank.
         layout: a traced layout, to trace once for several runs; `GroupLayout.tightened` if need be.
+        ema: averaged copies of the model (`torch.optim.swa_utils.AveragedModel`), cut along.
+        evaluate: ``module -> float``, e.g. validation accuracy, called before and after groups that
+            are due are set to exact zero at a cut, for the report. A plain attribute.
 
     Raises:
         ValueError: a bad argument, or a budget out of reach (its floor is named).
@@ -71,12 +79,14 @@ class ATO:
         round_to: int = 1,
         seed: int = 0,
         layout: GroupLayout | None = None,
+        ema: nn.Module | Iterable[nn.Module] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
     ) -> None:
         for name, value, kind in (("budget", budget, Budget), ("schedule", schedule, Schedule)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected an ato.{kind.__name__}, got {value!r}")
         if layout is None:
-            layout = trace(model, example_inputs, scope=scope)
+            layout = trace(plain(model), example_inputs, scope=scope)
         layout = layout.tightened(min_channels, round_to)
         budget.check(layout)
         self.model = model
@@ -88,17 +98,21 @@ class ATO:
         self.controller_loss = controller_loss or cross_entropy
         self.fidelity = fidelity
         self.seed = seed
-        self.search = Search(model, layout, budget, fidelity=fidelity, seed=seed)
-        self.optimizer = _optimizer(optimizer, model, layout)
+        self.evaluate = evaluate
+        self.search = Search(plain(model), layout, budget, fidelity=fidelity, seed=seed)
+        self.optimizer = _optimizer(optimizer, plain(model), layout)
+        self.live = Live(model, layout, self.optimizer, ema)
         self.mask = torch.ones(layout.n_groups, dtype=torch.bool)
         self.frozen = False
         self.history: list[dict] = []
+        self.cuts: list[dict] = []
         self._step = 0
         self._projecting = False
         self._strength: Tensor | None = None
         self._threshold: Tensor | None = None
+        self._pull = Pull(schedule, layout)
         self._clock = Clock(next(model.parameters()).device)
-        self._earlier = {"controller": 0.0, "projection": 0.0, "plain step": 0.0}
+        self._earlier = dict.fromkeys((*SECONDS, "plain step"), 0.0)
 
     @property
     def controller(self) -> nn.Module:
@@ -117,17 +131,16 @@ class ATO:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds spent on the controller and on the projection.
+        """Seconds spent on controller, projection, cutting, and in ``evaluate`` at cuts.
 
         The projection is part of the fused optimizer step; its share is what steps with a mask took
-        beyond the median step without one, plus the time to set masks and strengths.
+        beyond the median step without one, as long as nothing was cut, plus the time to set masks
+        and strengths.
         """
         clock = self._clock
-        projection = clock.total("projection") + clock.excess("masked step", self._plain_step())
-        return {
-            "controller": self._earlier["controller"] + clock.total("controller"),
-            "projection": self._earlier["projection"] + projection,
-        }
+        now = {name: clock.total(name) for name in SECONDS}
+        now["projection"] += clock.excess("masked step", self._plain_step())
+        return {name: self._earlier[name] + now[name] for name in SECONDS}
 
     def _plain_step(self) -> float:
         """Typical seconds of an optimizer step without a mask, of this run or the one resumed."""
@@ -159,9 +172,11 @@ class ATO:
                 "controller_data=DataLoader(held_out, batch_size=...)"
             )
         t, steps = self._step, self.schedule.steps
-        with self._clock.measure("projection"):
-            self._prepare(t)
-        with self._clock.measure("masked step" if self._projecting else "plain step"):
+        self._prepare(t)
+        kind = (
+            "plain step" if not self._projecting else "small step" if self.cuts else "masked step"
+        )
+        with self._clock.measure(kind):
             if scaler is None:
                 self.optimizer.step()
             else:
@@ -177,64 +192,76 @@ class ATO:
             self._end_epoch(t)
 
     def _prepare(self, t: int) -> None:
-        """Whatever changes before optimizer step ``t``: mask, strength, freeze."""
+        """Whatever changes before optimizer step ``t``: cut, mask, strength, freeze."""
         steps = self.schedule.steps
-        redrawn = False
-        if t == steps.freeze:
-            if self.fidelity == "default":
-                self.mask = self.search.frozen_mask()
-            self.frozen = redrawn = True
-        elif steps.controller_start <= t < steps.freeze:
-            if t % self.schedule.steps_per_epoch == 0:
-                self.mask = self.search.draw()
-                redrawn = True
-        if t < steps.projection_start:
-            return
-        started = not self._projecting
-        self._projecting = True
-        if started or redrawn:
-            self._strengthen(t)
-            self._set_mask()
-        elif self._due(t):
-            self._strengthen(t)
-            self.optimizer.set_strength(self._strength, threshold=self._threshold)
+        paper = self.fidelity == "paper"
+        cut = t in self.schedule.cuts and (t >= steps.freeze or not paper)
+        changed = False
+        if cut or (t == steps.zero_by and not paper):
+            # What is due next changes at every cut, done or not.
+            changed = self._finish_due(t, cut) or not paper
+        with self._clock.measure("projection"):
+            if t == steps.freeze:
+                if not paper:
+                    self.mask = self.search.frozen_mask()
+                self.frozen = changed = True
+            elif steps.controller_start <= t < steps.freeze:
+                if t % self.schedule.steps_per_epoch == 0:
+                    self.mask = self.search.draw()
+                    changed = True
+            if t < steps.projection_start:
+                return
+            changed = changed or not self._projecting
+            self._projecting = True
+            if changed:
+                if not paper:
+                    self._pull.choose(t, self.mask, self._final_mask, self.search.kept_logits())
+                self._strengthen(t)
+                self._set_mask()
+            elif t == steps.strong_start if paper else self._pull.refresh(t):
+                self._strengthen(t)
+                self.optimizer.set_strength(self._strength, threshold=self._threshold)
 
-    def _due(self, t: int) -> bool:
-        """Whether the strength changes before step ``t`` although the mask does not."""
-        steps = self.schedule.steps
-        if self.fidelity == "paper":
-            return t == steps.strong_start
-        every = max(1, (steps.zero_by - steps.freeze) // RAMP_REFRESHES)
-        ramping = steps.freeze <= t < steps.zero_by
-        return t == steps.zero_by - 1 or (ramping and (t - steps.freeze) % every == 0)
+    def _final_mask(self) -> Tensor:
+        return self.mask if self.frozen else self.search.frozen_mask()
+
+    def _finish_due(self, t: int, cut: bool) -> bool:
+        """Exact zeros for the groups due by step ``t``; with ``cut`` a smaller network.
+
+        Returns whether anything was cut.
+        """
+        network = self.live.network
+        due = self.live.of(self._pull.due & ~self.mask)
+        record: dict[str, Any] = {"step": t, "epoch": t / self.schedule.steps_per_epoch}
+        with self._clock.measure("evaluate"):
+            record["accuracy_before"] = scored(self.evaluate, network)
+        with self._clock.measure("cutting"):
+            record["n_unfinished"] = self.live.zero(due)
+            done = self.live.cut(self.mask, self.example_inputs) if cut else None
+            if done is not None:
+                self.search.follow(network, self.live.layout, self.live.alive)
+        if done is None and not record["n_unfinished"]:
+            return False
+        with self._clock.measure("evaluate"):
+            record["accuracy_after"] = scored(self.evaluate, network)
+        self.cuts.append({**record, **(done or {"groups": 0})})
+        return done is not None
 
     def _strengthen(self, t: int) -> None:
         """The strength for step ``t`` and what follows, on the model's device."""
-        steps = self.schedule.steps
         if self.fidelity == "paper":
-            strength = self.schedule.strengths[t >= steps.strong_start]
-            self._strength = strength * self._share_of_gate()
+            strength = self.schedule.strengths[t >= self.schedule.steps.strong_start]
+            share = published_share(self.layout, self.mask)
+            device = next(self.model.parameters()).device
+            self._strength = strength * self.live.of(share).to(device)
             return
         norms = self.optimizer.group_norms()
-        if t >= steps.zero_by - 1:
-            self._threshold = torch.full_like(norms, math.inf)
-        elif t >= steps.freeze:
-            self._threshold = norms / (steps.zero_by - t)
-        else:
-            n_steps = max(1, steps.freeze - steps.projection_start)
-            self._threshold = norms * (self.schedule.pull / n_steps)
-
-    def _share_of_gate(self) -> Tensor:
-        """Published weight per group: dropped groups of its gate over all dropped groups."""
-        dropped = ~self.mask
-        n_dropped = max(1, int(dropped.sum()))
-        weights = torch.zeros(self.layout.n_groups)
-        for gate in self.layout.gates:
-            weights[gate.span] = float(dropped[gate.span].sum()) / n_dropped
-        return weights.to(next(self.model.parameters()).device)
+        due = self.live.of(self._pull.due).to(norms.device)
+        self._threshold = self._pull.thresholds(t, norms, due)
 
     def _set_mask(self) -> None:
-        self.optimizer.set_mask(self.mask, self._strength, threshold=self._threshold)
+        mask = self.live.of(self.mask)
+        self.optimizer.set_mask(mask, self._strength, threshold=self._threshold)
 
     def _end_epoch(self, t: int) -> None:
         self.check_finite()
@@ -247,6 +274,7 @@ class ATO:
                 "kept": [int(self.mask[gate.span].sum()) for gate in self.layout.gates],
                 "macs": self.layout.macs(self.mask),
                 "params": self.layout.params(self.mask),
+                "network_macs": self.live.layout.macs(),
                 "controller_steps": len(losses),
                 "controller_objective": means[0],
                 "controller_task_loss": means[1],
@@ -274,9 +302,9 @@ class ATO:
     def finish(self, evaluate: Callable[[nn.Module], float] | None = None) -> Result:
         """Cut the dropped groups; returns the small network and a report.
 
-        Dropped groups that are not exactly zero yet are zeroed first, and counted in the report
-        (``n_unfinished``), with the accuracy before and after if ``evaluate`` is given. The small
-        network is compared with the masked one on the example inputs.
+        Dropped groups that are left and not exactly zero yet are zeroed first, and counted in the
+        report (``n_unfinished``), with the accuracy before and after if ``evaluate`` is given. The
+        small network is compared with the masked one on the example inputs.
 
         Args:
             evaluate: ``module -> float``, e.g. validation accuracy; the small network's is
@@ -295,77 +323,21 @@ class ATO:
     def state_dict(self) -> dict:
         """All state of the run except the model's own, in tensors, numbers, strings and lists.
 
-        Load it into a run made with the same arguments, after the model's own state.
+        Load it into a run made with the same arguments, which cuts that run's model to the size
+        the saved one had; then load the model's own state.
         """
-        return _plain(
-            {
-                "version": STATE_VERSION,
-                "layout": self.layout.sha256,
-                "arguments": self._arguments(),
-                "step": self._step,
-                "mask": self.mask,
-                "frozen": self.frozen,
-                "projecting": self._projecting,
-                "strength": self._strength,
-                "threshold": self._threshold,
-                "optimizer": self.optimizer.state_dict(),
-                "search": self.search.state_dict(),
-                "history": self.history,
-                "seconds": {**self.seconds, "plain step": self._plain_step()},
-            }
-        )
-
-    def _arguments(self) -> dict:
-        """What must agree for a run to be continued, as plain data."""
-        return _plain(
-            {
-                **{f"schedule.{name}": value for name, value in self.schedule.state().items()},
-                "budget": [self.budget.kind, self.budget.value],
-                "fidelity": self.fidelity,
-                "min_channels": self.layout.min_channels,
-                "round_to": self.layout.round_to,
-                "seed": self.seed,
-                "optimizer": type(self.optimizer).__name__,
-            }
-        )
+        return state_of(self)
 
     def load_state_dict(self, state: dict) -> None:
         """Continue a run bit by bit; the arguments of both runs must agree.
 
+        The model is cut to the size it had; its values are loaded separately, after this.
+
         Raises:
-            ValueError: the state is of another version or layout, or of other arguments.
+            ValueError: the state is of another version or layout, of other arguments, or has groups
+                that this run has lost already.
         """
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            raise ValueError(f"state: expected an ATO run's, of version {STATE_VERSION}")
-        if state["layout"] != self.layout.sha256:
-            raise ValueError(
-                "state: it belongs to another layout: another model, width or scope; resume with "
-                "the arguments the run was started with"
-            )
-        # States of version 0.1 name no round_to.
-        theirs, mine = {"round_to": 1, **state["arguments"]}, self._arguments()
-        for name in sorted(mine.keys() | theirs.keys()):
-            if theirs.get(name) != mine.get(name):
-                raise ValueError(
-                    f"state: its {name} is {theirs.get(name)}, this run's is {mine.get(name)}; "
-                    "resume with the arguments the run was started with"
-                )
-        device = next(self.model.parameters()).device
-        self._step = int(state["step"])
-        self.mask = state["mask"].to("cpu", torch.bool).clone()
-        self.frozen = bool(state["frozen"])
-        self._projecting = bool(state["projecting"])
-        self._strength, self._threshold = (
-            None if state[name] is None else state[name].to(device)
-            for name in ("strength", "threshold")
-        )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.search.load_state_dict(state["search"])
-        self.history = [dict(entry) for entry in state["history"]]
-        self._earlier = dict(state["seconds"])
-        self._clock = Clock(device)
-        if self._projecting:
-            self._set_mask()
+        restore(self, state)
 
 
 def _optimizer(
@@ -381,20 +353,9 @@ def _optimizer(
             f"partial(ato.AdamW, lr=1e-3), got {make!r}"
         )
     optimizer = make(model, layout)
-    if not hasattr(optimizer, "set_mask"):
+    if not isinstance(optimizer, GroupOptimizer):
         raise TypeError(
             "optimizer: expected it to return an optimizer that projects groups (ato.SGD, "
             f"ato.AdamW), it returned a {type(optimizer).__name__}"
         )
     return optimizer
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with tuples and mappings turned into lists and dicts, tensors copied."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

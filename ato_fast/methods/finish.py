@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..groups import GroupLayout
-from ..probe import cpu_inputs
-from ..shrink import shrink, zero_
+from ..inplace import nonzero_groups
+from ..shrink import shrink
+from .equality import EQUALITY_LIMIT, reference_output, relative_error
+from .live import scored
 
 if TYPE_CHECKING:
     from .ato import ATO
-
-EQUALITY_LIMIT = 1e-4
-"""Largest relative difference of small and masked network. Rounding in float32 stays below 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -59,40 +57,21 @@ def mask_sha256(layout: GroupLayout, mask: Tensor) -> str:
     return hashlib.sha256(bits.tobytes() + layout.sha256.encode()).hexdigest()
 
 
-def relative_error(expected: Any, actual: Any) -> float:
-    """``max |actual - expected| / max |expected|`` over all tensors of two equal structures.
-
-    NaN or infinity anywhere gives NaN.
-
-    Raises:
-        ValueError: different numbers of tensors or shapes.
-    """
-    errors, sizes = [0.0], [0.0]
-    for a, b in zip(_tensors(expected), _tensors(actual), strict=True):
-        if a.shape != b.shape:
-            raise ValueError(f"outputs: expected shape {tuple(a.shape)}, got {tuple(b.shape)}")
-        if a.numel():
-            errors.append((a.double() - b.double()).abs().max().item())
-            sizes.append(a.double().abs().max().item())
-    # Python's max() would drop a NaN that is not first.
-    worst, scale = np.max(errors), np.max(sizes)
-    return float(worst / scale if scale else worst)
-
-
 def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
     """See `ATO.finish`."""
-    layout, mask = run.layout, run.mask
-    dropped = run.optimizer.group_norms().cpu()[~mask]
-    n_unfinished = int((dropped != 0).sum())
+    live, mask, network = run.live, run.mask, run.live.network
+    left = live.of(mask)
     before = after = None
+    late = ~left & nonzero_groups(network, live.layout)
+    n_unfinished = int(late.sum())
     if n_unfinished:
-        before = evaluate(run.model) if evaluate else None
-        zero_(run.model, layout, mask)
-        after = evaluate(run.model) if evaluate else None
-    small = shrink(run.model, layout, mask)
+        before = scored(evaluate, network)
+        live.zero(late)
+        after = scored(evaluate, network)
+    small = shrink(network, live.layout, left)
     error = relative_error(
-        _reference_output(run.model, run.example_inputs),
-        _reference_output(small, run.example_inputs),
+        reference_output(network, run.example_inputs),
+        reference_output(small, run.example_inputs),
     )
     # NaN compares false, so ask for what is wanted rather than for what is not.
     if not error <= EQUALITY_LIMIT:
@@ -101,7 +80,9 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
             f"output (limit {EQUALITY_LIMIT:.0e}): a layer's forward depends on sizes the trace "
             "did not see; the run's own model still holds the masked network"
         )
-    accuracy = evaluate(small) if evaluate else None
+    error = max([error, *(cut.get("equality_rel_err", 0.0) for cut in run.cuts)])
+    accuracy = scored(evaluate, small)
+    layout = run.layout
     achieved = run.budget.cost(layout, mask)
     report = {
         "dense": {"macs": layout.macs(), "params": layout.params()},
@@ -123,6 +104,7 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
         "accuracy": accuracy,
         "accuracy_before_projection": before,
         "accuracy_after_projection": after,
+        "cuts": run.cuts,
         "equality_rel_err": error,
         "mask_sha256": mask_sha256(layout, mask),
         "layout_sha256": layout.sha256,
@@ -133,23 +115,3 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
         "seconds": run.seconds,
     }
     return Result(model=small, mask=mask.clone(), report=report, layout=layout)
-
-
-@torch.no_grad()
-def _reference_output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """Output in eval mode on CPU in at least float32, where no TF32 blurs the comparison."""
-    model = copy.deepcopy(model).to("cpu").eval()
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        model = model.float()
-    return model(*cpu_inputs(inputs))
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)

@@ -61,6 +61,8 @@ class Search:
         self.budget = budget
         self.fidelity = fidelity
         self.gates = Gates(model, layout)
+        self.alive: Tensor | None = None
+        """Which groups the network still has, bool ``[n_groups]`` on its device; None: all."""
         widths = [gate.n for gate in layout.gates]
         device = next(model.parameters()).device
         self.controller = Controller(widths, seed=seed, device=device)
@@ -75,6 +77,23 @@ class Search:
             self.ratio = paper_ratio(self.ratio, layout.macs() + _extra(layout), gated)
             self._cost = lambda _, mask: paper.macs(mask)
         self._dense = float(self._cost(layout, None))
+
+    def follow(self, model: nn.Module, layout: GroupLayout, alive: Tensor) -> None:
+        """Go on with a model that was cut: groups that are gone are pinned to 0.
+
+        Args:
+            model: after the cut.
+            layout: of the groups that are left.
+            alive: bool ``[n_groups]`` of the traced layout.
+        """
+        self.gates = Gates(model, layout)
+        self.alive = alive.to(self.controller.heads.device)
+
+    @torch.no_grad()
+    def kept_logits(self) -> Tensor:
+        """Noise-free logits, ``[n_groups]``; minus infinity for groups that are gone."""
+        logits = self.controller.logits()
+        return logits if self.alive is None else logits.masked_fill(~self.alive, -math.inf)
 
     def step(
         self, data: Iterable, loss_fn: Callable[[nn.Module, Any], Tensor], lr: float
@@ -112,6 +131,8 @@ class Search:
         gate = hard
         if self.fidelity == "paper":
             gate = relax(logits + self.controller.noise(), hard=False)
+        if self.alive is not None:
+            hard, gate = hard * self.alive, gate[self.alive]
         try:
             task = self.gates(gate, lambda model: loss_fn(model, batch))
         except Exception as error:
@@ -136,7 +157,7 @@ class Search:
         It need not keep to ``layout.widths``, as nothing is cut by it. Paper: one random draw, at
         the nearest widths.
         """
-        logits = self.controller.logits()
+        logits = self.kept_logits()
         if self.fidelity == "paper":
             mask = relax(logits + self.controller.noise(), hard=True).bool().cpu()
             return self._to_width(mask, logits)
@@ -149,8 +170,8 @@ class Search:
         Raises:
             FloatingPointError: the controller's logits are NaN.
         """
-        logits = self.controller.logits().cpu()
-        if not bool(torch.isfinite(logits).all()):
+        logits = self.kept_logits().cpu()
+        if not bool((torch.isfinite(logits) | (logits == -math.inf)).all()):
             raise FloatingPointError("controller: its logits are not finite, so no mask is defined")
         return self.budget.freeze(self.layout, logits)
 

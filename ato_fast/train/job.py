@@ -25,6 +25,7 @@ from . import data as datasets
 from . import models
 from .batches import Batches, derive
 from .checkpoint import Checkpoints
+from .evaluate import accuracy
 from .loop import dense_optimizer, train_ato, train_dense
 from .outcome import RESULT, write_outcome
 from .recipe import Recipe, recipe_for
@@ -142,6 +143,7 @@ class Job:
             optimizer = partial(AdamW, **common)
         else:
             optimizer = partial(SGD, momentum=0.9, nesterov=True, **common)
+        test = self.batches(self.data.test, training=False)
         run = ATO(
             self.build(),
             self.example(),
@@ -153,10 +155,11 @@ class Job:
             fidelity=settings.fidelity,
             seed=settings.seed,
             layout=self.layout,
+            evaluate=lambda model: accuracy(model, test),
         )
         if past["history"]:
-            run.model.load_state_dict(self.state["model"])
             run.load_state_dict(self.state["run"])
+            run.model.load_state_dict(self.state["model"])
 
         def save(epoch: int, seconds: float) -> None:
             past["seconds"] = seconds
@@ -165,7 +168,7 @@ class Job:
         train_ato(
             run,
             batches,
-            self.batches(self.data.test, training=False),
+            test,
             recipe,
             history=past["history"],
             seconds=past["seconds"],

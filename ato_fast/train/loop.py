@@ -184,9 +184,16 @@ def train_ato(
             run.model, batches, epoch, recipe, run.optimizer, run.step, display, shown
         )
         last = run.history[-1]
-        return record | {"phase": last["phase"], "macs_frac": last["macs"] / dense_macs}
+        return record | {
+            "phase": last["phase"],
+            "macs_frac": last["macs"] / dense_macs,
+            "network_macs_frac": last["network_macs"] / dense_macs,
+        }
 
-    return _epochs("ato", run.model, batches, test, recipe, one, history, seconds, save)
+    def elsewhere() -> float:
+        return run.seconds["evaluate"]
+
+    return _epochs("ato", run.model, batches, test, recipe, one, history, seconds, save, elsewhere)
 
 
 def _epochs(
@@ -199,16 +206,18 @@ def _epochs(
     history: list[dict],
     seconds: float,
     save: Save,
+    elsewhere: Callable[[], float] = lambda: 0.0,
 ) -> float:
+    """Train from epoch ``len(history)`` on; ``elsewhere``: seconds so far that are no training."""
     first = len(history)
     if first >= recipe.epochs:
         return seconds
     display = Display(name, recipe.epochs, len(batches), first)
     try:
         for epoch in range(first, recipe.epochs):
-            start = time.perf_counter()
+            start, spent = time.perf_counter(), elsewhere()
             record = one(epoch, display)
-            seconds += time.perf_counter() - start
+            seconds += time.perf_counter() - start - (elsewhere() - spent)
             # Outside the clock: neither the test score per epoch nor the checkpoint is training.
             record |= {"epoch": epoch + 1, "accuracy": accuracy(model, test)}
             record["seconds"] = time.perf_counter() - start

@@ -33,7 +33,8 @@ def closing_table(result: dict[str, Any]) -> str:
         "",
         f"budget: {budget['kind']} <= {budget['target']:,}, reached {budget['achieved']:,}; "
         f"of the training time {overhead['controller']:.1%} was the controller's, "
-        f"{overhead['projection']:.1%} the projection's",
+        f"{overhead['projection']:.1%} the projection's, {overhead['cutting']:.1%} the cuts' "
+        f"({len(result['cuts'])})",
         f"small network = masked network to {result['equality_rel_err']:.1e} of its largest "
         "output; reloaded from disk it scores the same",
         "latency: median (20th to 80th percentile), interleaved, "

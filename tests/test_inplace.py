@@ -2,15 +2,12 @@
 
 import copy
 import math
-import socket
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from cuts import ADAMW, MAKERS, MODELS, SGD, close, loss_of, plain, step, whole
+from ranks import run_on_two_ranks
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ato_fast as ato
@@ -238,18 +235,7 @@ class TestReferencesKeepWorking:
         step(compiled, optimizer, x)
 
     def test_distributed_data_parallel(self):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        script = Path(__file__).with_name("ddp_shrink.py")
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(rank), str(port)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            ) for rank in range(2)
-        ]  # fmt: skip
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+        run_on_two_ranks("ddp_shrink.py")
 
     def test_cut_again_and_again_and_saved(self, tmp_path):
         model, x, layout, mask, optimizer = self.cut()

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_on_two_ranks
 from torch.optim.swa_utils import AveragedModel
 
 import ato_fast as ato
@@ -268,6 +269,10 @@ def test_a_wrapper_learns_of_the_cuts(layout, tmp_path):
         assert n_parameters(result.model) == n_parameters(wrapped) < layout.params()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_ranks_agree_on_masks_and_weights_or_fail_loudly():
+    run_on_two_ranks("ddp_run.py")
 
 
 def test_a_compiled_model_is_cut_and_goes_on(layout):

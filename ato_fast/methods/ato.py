@@ -26,6 +26,7 @@ from .clock import Clock
 from .finish import Result, finish
 from .live import Live, scored
 from .pull import Pull, published_share
+from .ranks import Ranks
 from .search import Search, cross_entropy
 from .state import restore, state_of
 
@@ -53,7 +54,8 @@ class ATO:
             the model masked and in eval mode.
         scope, min_channels, round_to: as for `trace`.
         fidelity: ``"default"`` or ``"paper"`` (see the module's docstring and `Search`).
-        seed: of the controller, its noise and its data order. Equal on every rank.
+        seed: of the controller, its noise and its data order. Equal on every rank; under
+            DistributedDataParallel the controller's gradients are averaged over the ranks.
         layout: a traced layout, to trace once for several runs; `GroupLayout.tightened` if need be.
         ema: averaged copies of the model (`torch.optim.swa_utils.AveragedModel`), cut along.
         evaluate: ``module -> float``, e.g. validation accuracy, called before and after groups that
@@ -99,7 +101,10 @@ class ATO:
         self.fidelity = fidelity
         self.seed = seed
         self.evaluate = evaluate
-        self.search = Search(plain(model), layout, budget, fidelity=fidelity, seed=seed)
+        self.ranks = Ranks(model)
+        self.search = Search(
+            plain(model), layout, budget, fidelity=fidelity, seed=seed, ranks=self.ranks
+        )
         self.optimizer = _optimizer(optimizer, plain(model), layout)
         self.live = Live(model, layout, self.optimizer, ema)
         self.mask = torch.ones(layout.n_groups, dtype=torch.bool)
@@ -162,6 +167,7 @@ class ATO:
 
         Raises:
             ValueError: no ``controller_data`` while the controller still needs it.
+            RuntimeError: the ranks of a DistributedDataParallel run disagree on the mask.
             FloatingPointError: a loss of the controller, its logits or, at the end of an epoch, a
                 parameter is NaN or infinite.
         """
@@ -209,6 +215,8 @@ class ATO:
                 if t % self.schedule.steps_per_epoch == 0:
                     self.mask = self.search.draw()
                     changed = True
+            if changed:
+                self.ranks.check_same("mask", self.mask, next(self.model.parameters()).device)
             if t < steps.projection_start:
                 return
             changed = changed or not self._projecting

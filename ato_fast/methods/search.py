@@ -16,6 +16,7 @@ from ..cost import Cost
 from ..gates import Gates
 from ..groups import GroupLayout
 from .feed import Feed
+from .ranks import Ranks
 
 GAMMA = 8.0
 """Weight of the resource loss: 2 times the published reg_w = 4 (spec of both ResNet runs)."""
@@ -39,6 +40,7 @@ class Search:
             ``"paper"``: a soft draw for the task loss, an independent hard one for the cost, which
             counts the gated part as published, against the converted ratio.
         seed: of controller and data order.
+        ranks: the processes that share the controller: its gradients are averaged over them.
 
     Raises:
         ValueError: unknown fidelity; a parameter budget with ``fidelity="paper"``.
@@ -52,6 +54,7 @@ class Search:
         *,
         fidelity: str = "default",
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         if fidelity not in FIDELITIES:
             raise ValueError(f"fidelity: expected one of {FIDELITIES}, got {fidelity!r}")
@@ -68,6 +71,7 @@ class Search:
         self.controller = Controller(widths, seed=seed, device=device)
         self.optimizer = self.controller.optimizer()
         self.feed = Feed(seed)
+        self.ranks = ranks or Ranks(model)
         self.losses: list[tuple[float, float, float]] = []
         self.ratio = budget.target(layout) / budget.cost(layout)
         self._cost = budget.cost
@@ -111,7 +115,10 @@ class Search:
             objective = task + GAMMA * resource.to(task.dtype)
             self.optimizer.zero_grad(set_to_none=True)
             objective.backward()
-        values = torch.stack([x.detach().double() for x in (objective, task, resource)]).tolist()
+        values = torch.stack([x.detach().double() for x in (objective, task, resource)])
+        # A loss that is NaN on one rank is NaN on all of them, so that all of them stop.
+        self.ranks.average_([values, *(p.grad for p in self.controller.parameters())])
+        values = values.tolist()
         for name, value in zip(("objective", "task loss", "resource loss"), values, strict=True):
             if name != "objective" and not math.isfinite(value):
                 raise FloatingPointError(

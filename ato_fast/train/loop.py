@@ -188,6 +188,7 @@ def train_ato(
             "phase": last["phase"],
             "macs_frac": last["macs"] / dense_macs,
             "network_macs_frac": last["network_macs"] / dense_macs,
+            "kept": last["kept"],
         }
 
     def elsewhere() -> float:

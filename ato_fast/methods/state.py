@@ -24,6 +24,7 @@ def state_of(run: ATO) -> dict:
             "arguments": _arguments(run),
             "step": run._step,
             "mask": run.mask,
+            "budget": run.budget.state(run.layout),
             "frozen": run.frozen,
             "projecting": run._projecting,
             "alive": run.live.alive,
@@ -71,6 +72,7 @@ def restore(run: ATO, state: dict) -> None:
                 "resume with the arguments the run was started with"
             )
     device = next(run.model.parameters()).device
+    run.budget.load_state(state["budget"], run.layout)
     run.live.restore(state["alive"].to("cpu", torch.bool))
     if not bool(run.live.alive.all()):
         run.search.follow(run.live.network, run.live.layout, run.live.alive)

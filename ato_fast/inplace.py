@@ -54,7 +54,9 @@ def shrink_(
     ``model``, its parameters and ``optimizer`` stay the objects they are, so schedulers, scalers,
     hooks and other references go on working: parameters, gradients, buffers and optimizer state get
     smaller. Outputs, gradients and later updates equal, to rounding, those of the model that keeps
-    its dropped groups at zero. A CUDA graph captured before has to be captured again.
+    its dropped groups at zero. A CUDA graph captured before has to be captured again; for a
+    `torch.compile` wrapper all that is compiled is dropped (`torch.compiler.reset`) and compiles
+    again.
 
     Args:
         model: the module ``layout`` was traced from, or a `DistributedDataParallel`, `DataParallel`
@@ -98,6 +100,9 @@ def shrink_(
     resume(network, small, keep)
     for module, state in wrapped:
         _rebuild(module, state)
+    if any(hasattr(m, "_orig_mod") for m in wrappers_of(model)):
+        # Dynamo counts sizes of the same module and falls back to eager after the eighth.
+        torch.compiler.reset()
     return small
 
 

@@ -6,6 +6,7 @@ Auto-Train-Once (CVPR 2024) and its siblings over fused kernels. See README.md.
 from .artifact import ArtifactError, load, save
 from .budget import Budget
 from .capture import TraceError
+from .export import Exported, ExportError, export
 from .groups import Gate, GroupLayout, Slice, Unprunable
 from .inplace import shrink_
 from .labels import Value
@@ -28,6 +29,8 @@ __all__ = [
     "AdamW",
     "ArtifactError",
     "Budget",
+    "ExportError",
+    "Exported",
     "Gate",
     "GroupLayout",
     "HalfSpace",
@@ -39,6 +42,7 @@ __all__ = [
     "Unprunable",
     "Value",
     "Verification",
+    "export",
     "hold_out",
     "load",
     "rule",

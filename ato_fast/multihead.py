@@ -96,10 +96,8 @@ def refit(
     rows = kept.get(0)
     if rows is not None:
         heads = np.unique(rows // module.head_dim)
-        if len(heads) * module.head_dim == len(rows):
-            module.num_heads = len(heads) // parts
-        else:
-            module.head_dim = len(rows) // parts // module.num_heads
+        module.num_heads = len(heads) // parts
+        module.head_dim = len(rows) // parts // module.num_heads
     module.embed_dim = module.out_proj.weight.shape[0]
     convert(module)
 

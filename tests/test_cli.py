@@ -69,7 +69,7 @@ def test_json_holds_the_promised_keys(finished):
         assert 0 < low <= mid <= high
     promised = {"budget", "mask_sha256", "equality_rel_err", "wall_s", "seed", "versions"}
     assert promised <= set(figures)
-    assert set(figures["overhead_frac"]) == {"controller", "projection"}
+    assert set(figures["overhead_frac"]) == {"controller", "projection", "cutting"}
     assert all(0 <= share < 1 for share in figures["overhead_frac"].values())
     assert figures["versions"]["torch"] == torch.__version__.split("+")[0]
     assert figures["equality_rel_err"] <= 1e-5

@@ -1,4 +1,4 @@
-"""The command line: ``ato-fast train`` and ``ato-fast inspect``.
+"""The command line: ``ato-fast train``, ``inspect``, ``export`` and ``bench``.
 
 Exit code 0: done. 1: ``inspect --verify`` found a difference; or a defect of ours, with a
 traceback. 2: something given does not work; one line on stderr says what, and nothing half-written
@@ -8,40 +8,12 @@ is left.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
-EXTRA = ("torchvision", "sklearn", "matplotlib", "tqdm")
-
-
-class BadInput(Exception):
-    """Something given does not work; the message is for the user."""
-
-
-@contextmanager
-def _refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of the given kinds, which name what was given, into `BadInput`."""
-    try:
-        yield
-    except kinds as error:
-        raise BadInput(" ".join(str(error).split())) from error
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRA:
-            raise
-        raise BadInput(f"needs {package}: pip install 'ato-fast[train]'") from error
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+from .command import BadInput, Parser, check_file, image_shape, refusing, write, write_json
+from .export_cli import add_bench, add_export
 
 
 def _amount(text: str) -> float | int:
@@ -57,23 +29,15 @@ def _amount(text: str) -> float | int:
             ) from None
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    """``3x224x224`` as channels, height, width."""
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(
-            f"expected channels x height x width such as 3x224x224, got {text!r}"
-        )
-    return tuple(int(part) for part in parts)
-
-
 def parser() -> argparse.ArgumentParser:
     """The argument parser, with its subcommands."""
-    top = _Parser(prog="ato-fast", description="Train once, get a smaller equal network.")
+    top = Parser(prog="ato-fast", description="Train once, get a smaller equal network.")
     top.add_argument("--version", action="store_true", help="print the version and stop")
-    commands = top.add_subparsers(dest="command", parser_class=_Parser)
+    commands = top.add_subparsers(dest="command", parser_class=Parser)
     _add_train(commands.add_parser("train", help="train a dense twin and a network that shrinks"))
     _add_inspect(commands.add_parser("inspect", help="what of a model can be pruned, and what not"))
+    add_export(commands.add_parser("export", help="write a saved network as ONNX and the like"))
+    add_bench(commands.add_parser("bench", help="time a saved network against the dense one"))
     return top
 
 
@@ -85,6 +49,12 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     budget = train.add_mutually_exclusive_group(required=True)
     budget.add_argument("--macs", type=_amount, help="MACs to keep: fraction of the whole or count")
     budget.add_argument("--params", type=_amount, help="parameters to keep, likewise")
+    budget.add_argument(
+        "--latency", type=float, metavar="FRACTION", help="share of the dense network's latency"
+    )
+    budget.add_argument(
+        "--latency-ms", type=float, metavar="MS", help="milliseconds of a forward pass, measured"
+    )
     recipe = train.add_argument_group("recipe", "where not given, the dataset's own").add_argument
     recipe("--epochs", type=int, help="length of each of the two runs")
     recipe("--batch-size", type=int, help="examples per step")
@@ -97,7 +67,8 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         "--schedule",
         choices=("default", "paper", "fast"),
         default="default",
-        help="when the mask freezes: half-way, as published, or after a quarter of the run",
+        help="default: the mask freezes half-way, and the network is cut from then on; paper: as "
+        "published; fast: cuts from 6%% of the run on, done at 22%%",
     )
     add("--controller-steps", type=int, help="controller steps of the whole search; default 200")
     add(
@@ -123,7 +94,7 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     add = inspect.add_argument
     add("model", metavar="MODEL", help="as for train")
     add("--data", help="take image shape and number of classes from this dataset")
-    add("--input-size", type=_shape, metavar="CxHxW", help="image shape, e.g. 3x224x224")
+    add("--input-size", type=image_shape, metavar="CxHxW", help="image shape, e.g. 3x224x224")
     add("--classes", type=int, help="number of classes")
     add("--scope", choices=("inner", "all"), default="inner", help="all: also residual channels")
     add(
@@ -152,18 +123,18 @@ def _add_widths(command: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    with _refusing(ValueError, OSError):
+    with refusing(ValueError, OSError):
         from .job import prepare
         from .table import closing_table
 
         if arguments.json:
-            _check_file("--json", arguments.json)
+            check_file("--json", arguments.json)
         job = prepare(_settings(arguments), _place(arguments))
-    with _refusing(FloatingPointError, OSError):
+    with refusing(FloatingPointError, OSError):
         result = job.run(tell=lambda line: print(line, file=sys.stderr))
         print(closing_table(result), flush=True)
         if arguments.json:
-            _write_json(arguments.json, result)
+            write_json(arguments.json, result)
     return 0
 
 
@@ -178,7 +149,12 @@ def _settings(arguments: argparse.Namespace):
     return Settings(
         data=arguments.data,
         model=arguments.model,
-        budget=Budget(macs=arguments.macs, params=arguments.params),
+        budget=Budget(
+            macs=arguments.macs,
+            params=arguments.params,
+            latency=arguments.latency,
+            latency_ms=arguments.latency_ms,
+        ),
         recipe=recipe,
         scope=arguments.scope,
         schedule=arguments.schedule,
@@ -213,7 +189,7 @@ def _seed(seed: int) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    with _refusing(ValueError, OSError):
+    with refusing(ValueError, OSError):
         import torch
 
         from .. import trace
@@ -223,7 +199,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
         shape, n_classes = _input_of(arguments)
         if arguments.json:
-            _check_file("--json", arguments.json)
+            check_file("--json", arguments.json)
         if arguments.graph:
             kind = _picture_kind(arguments.graph)
         model = models.build(arguments.model, n_classes, shape[0], shape[1:])
@@ -245,13 +221,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
         content["verify"] = {"ok": bool(verified.ok), "failures": failures}
         lines += ["", str(verified)]
         code = 0 if verified.ok else 1
-    with _refusing(OSError):
+    with refusing(OSError):
         if arguments.json:
-            _write_json(arguments.json, content)
+            write_json(arguments.json, content)
         if arguments.graph:
             from ..picture import draw
 
-            _write("--graph", arguments.graph, draw(content, arguments.model, kind))
+            write("--graph", arguments.graph, draw(content, arguments.model, kind))
     print("\n".join(lines))
     return code
 
@@ -260,7 +236,7 @@ def _picture_kind(path: Path) -> str:
     """``svg`` or ``png``, by the name of the file."""
     from ..picture import FORMATS
 
-    _check_file("--graph", path)
+    check_file("--graph", path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise ValueError(f"--graph {path}: expected a file name that ends in .svg or .png")
@@ -284,28 +260,6 @@ def _input_of(arguments: argparse.Namespace) -> tuple[tuple[int, int, int], int]
     return arguments.input_size or shape, n_classes
 
 
-def _check_file(option: str, path: Path) -> None:
-    from .settings import check_writable
-
-    check_writable(option, path.parent)
-    if path.is_dir():
-        raise ValueError(f"{option} {path}: is a folder, expected a file name")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write("--json", path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def _write(option: str, path: Path, content: bytes) -> None:
-    from .checkpoint import write_atomically
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write_bytes(content))
-    except OSError as error:
-        raise OSError(f"{option} {path}: {error.strerror}") from error
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
@@ -315,21 +269,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ato-fast {__version__}")
         return 0
     if arguments.command is None:
-        print("ato-fast: error: expected a command: train or inspect", file=sys.stderr)
+        names = "train, inspect, export or bench"
+        print(f"ato-fast: error: expected a command: {names}", file=sys.stderr)
         return 2
-    # What it logs about a model that cannot be captured is in the error we raise.
-    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.CRITICAL)
+    # What they log about a model that they cannot take is in the error we raise.
+    for name in ("torch.fx.experimental.symbolic_shapes", "torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     from ..backend import BackendError, requested
 
     try:
-        with _refusing(BackendError):
+        with refusing(BackendError):
             requested()
         return arguments.run(arguments)
     except BadInput as error:
         print(f"ato-fast: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ato-fast: interrupted; --resume auto continues", file=sys.stderr)
+        more = "; --resume auto continues" if arguments.command == "train" else ""
+        print(f"ato-fast: interrupted{more}", file=sys.stderr)
         return 130
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import ATO, Result, load, save
-from ..methods.finish import EQUALITY_LIMIT, relative_error
+from ..methods.equality import EQUALITY_LIMIT, relative_error
 from . import plots
 from .evaluate import accuracy, as_input, latency, size_bytes
 from .machine import commit, machine, versions
@@ -52,7 +52,13 @@ def write_outcome(job: Job, run: ATO, tell: Callable[[str], None]) -> dict[str, 
     score = accuracy(result.model, test)
     partial = job.place.output / f".partial-{os.getpid()}"
     partial.mkdir()
-    provenance = {"settings": fingerprint(job.settings, job.recipe), "accuracy": score}
+    network = {
+        "model": job.settings.model,
+        "n_classes": job.data.n_classes,
+        "input_shape": list(job.data.shape),
+    }
+    settings = fingerprint(job.settings, job.recipe)
+    provenance = {"network": network, "settings": settings, "accuracy": score}
     save(result.model, partial, budget=result.report["budget"], provenance=provenance)
     _check_reload(job, result, partial, test, score)
     mask = {"mask": result.mask.to(torch.uint8)}
@@ -123,7 +129,10 @@ def _content(job: Job, run: ATO, result: Result, score: float, error: float) -> 
         "equality_rel_err": error,
         "n_unfinished": result.report["n_unfinished"],
         "wall_s": wall,
-        "overhead_frac": {name: spent / wall for name, spent in run.seconds.items()},
+        "overhead_frac": {
+            name: spent / wall for name, spent in run.seconds.items() if name != "evaluate"
+        },
+        "cuts": result.report["cuts"],
         "latency_input": list(shape),
         "widths": result.report["widths"],
         "seed": job.settings.seed,

@@ -72,7 +72,9 @@ def pick_device(name: str) -> torch.device:
 
 def fingerprint(settings: Settings, recipe: Recipe) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued."""
-    return asdict(settings) | {"recipe": asdict(recipe)}
+    budget = settings.budget
+    limits = {"macs": budget.macs, "params": budget.params, budget.kind: budget.value}
+    return asdict(settings) | {"budget": limits, "recipe": asdict(recipe)}
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -10,6 +10,7 @@ from .export import Exported, ExportError, export
 from .groups import Gate, GroupLayout, Slice, Unprunable
 from .inplace import shrink_
 from .labels import Value
+from .latency import LatencyTable
 from .methods import ATO, Result, hold_out
 from .optimizer import SGD, Adam, AdamW
 from .projection import DHSPG, HalfSpace, Prox
@@ -34,6 +35,7 @@ __all__ = [
     "Gate",
     "GroupLayout",
     "HalfSpace",
+    "LatencyTable",
     "Prox",
     "Result",
     "Schedule",

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fill import allowed
 from .groups import GroupLayout
+from .price import Price
 
 NEAR = 0.005
 """Share of the target that may stay unused."""
@@ -28,7 +30,7 @@ Where nothing comes near that takes seconds on networks of more than a hundred g
 
 
 def exchange(
-    layout: GroupLayout, kind: str, target: int, scores: np.ndarray, mask: Tensor
+    layout: GroupLayout, price: Price, target: float, scores: np.ndarray, mask: Tensor
 ) -> Tensor:
     """``mask``, or one whose cost lies between it and ``target``.
 
@@ -37,14 +39,17 @@ def exchange(
     the fewest groups is taken; where none does, the nearest one, and so on from there.
 
     Args:
-        kind: ``"macs"`` or ``"params"``.
+        price: of a mask.
         target: largest cost allowed; that of ``mask`` is not above it.
-        scores: ``[n_groups]``; a gate gives up its lowest and takes in its highest.
+        scores: ``[n_groups]``; a gate gives up its lowest and takes in its highest, never one
+            of -inf.
         mask: bool ``[n_groups]``, every gate at one of ``layout.widths``.
     """
-    if getattr(layout, kind)(mask) >= (1 - NEAR) * target:
+    if price.of(mask) >= (1 - NEAR) * target:
         return mask
-    widths = _Widths(layout, kind, scores, mask)
+    widths = _Widths(layout, price, scores, mask)
+    if widths.all_widest():
+        return mask
     together = min(2, len(layout.gates))
     while together <= min(MOST_GATES, len(layout.gates)):
         if widths.cost() >= (1 - NEAR) * target:
@@ -59,34 +64,34 @@ class _Widths:
     """One width per gate, and what it costs.
 
     ``at[g]`` is the place of gate g's width among ``widths[g]``; with it the gate keeps the first
-    groups of ``order[g]`` and adds ``sizes[g][at[g]]`` to the sizes of `Products`.
+    groups of ``order[g]`` and adds ``sizes[g][at[g]]`` to the sizes of ``price``.
     """
 
     layout: GroupLayout
-    kind: str
+    price: Price
     scores: np.ndarray
     start: Tensor
 
     def __post_init__(self) -> None:
         keep = self.start.numpy()
         self.left = MOST_TRIALS
-        self.products = self.layout.cost.products(self.kind)
-        self.products.to(torch.device("cpu"))
         self.order, self.widths, self.sizes, self.at = [], [], [], []
         for gate in self.layout.gates:
             order = np.lexsort((-self.scores[gate.span], ~keep[gate.span])) + gate.offset
-            widths = self.layout.widths(gate)
-            grown = self.products.weight[:, torch.from_numpy(order)].cumsum(dim=1)
+            widths = allowed(self.layout, gate, self.scores)
             self.order.append(order)
             self.widths.append(np.asarray(widths))
-            self.sizes.append(grown[:, torch.tensor(widths) - 1].T)  # [n_widths, 1 + n_sizes]
+            self.sizes.append(self.price.parts(gate, order, widths))
             self.at.append(widths.index(int(keep[gate.span].sum())))
 
-    def cost(self) -> int:
-        return round(self.products.of_sizes(self.total()).item())
+    def all_widest(self) -> bool:
+        return all(at == len(w) - 1 for at, w in zip(self.at, self.widths, strict=True))
+
+    def cost(self) -> float:
+        return self.price.of_sizes(self.total()).item()
 
     def total(self) -> Tensor:
-        return self.products.base + sum(
+        return self.price.base + sum(
             sizes[at] for sizes, at in zip(self.sizes, self.at, strict=True)
         )
 
@@ -96,7 +101,7 @@ class _Widths:
             mask[torch.from_numpy(order[: widths[at]])] = True
         return mask
 
-    def improve(self, together: int, target: int) -> bool:
+    def improve(self, together: int, target: float) -> bool:
         """Change ``together`` gates; False where nothing comes nearer to the target."""
         best = None
         key = (False, self.cost(), 0)
@@ -108,7 +113,7 @@ class _Widths:
                 self.sizes[g][torch.from_numpy(index)]
                 for g, index in zip(chosen, grid, strict=True)
             )
-            costs = self.products.of_sizes(sizes).round().numpy()
+            costs = self.price.of_sizes(sizes).numpy()
             moved = sum(
                 np.abs(self.widths[g][index] - self.widths[g][self.at[g]])
                 for g, index in zip(chosen, grid, strict=True)
@@ -116,10 +121,10 @@ class _Widths:
             near = (costs <= target) & (costs >= (1 - NEAR) * target)
             if near.any():
                 pick = int(np.where(near, moved, np.iinfo(np.int64).max).argmin())
-                found = (True, -int(moved[pick]), int(costs[pick]))
+                found = (True, -int(moved[pick]), float(costs[pick]))
             else:
                 pick = int(np.where(costs <= target, costs, -1).argmax())
-                found = (False, int(costs[pick]), -int(moved[pick]))
+                found = (False, float(costs[pick]), -int(moved[pick]))
             if found > key:
                 best, key = (chosen, grid[:, pick]), found
         if best is None:

@@ -8,10 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .groups import GroupLayout
+from .groups import Gate, GroupLayout
+from .price import Price
 
 LARGEST = 1e30
-"""Infinite logits count as this, so that every block has a mean."""
+"""Larger logits count as this, so that every block has a mean."""
+
+
+def allowed(layout: GroupLayout, gate: Gate, scores: np.ndarray) -> list[int]:
+    """Those of ``layout.widths(gate)`` that its groups with a score above -inf can fill.
+
+    Args:
+        scores: ``[n_groups]``; -inf: never kept.
+
+    Raises:
+        ValueError: none of them, naming the gate.
+    """
+    widths = layout.widths(gate)
+    n_left = int((scores[gate.span] > -np.inf).sum())
+    if n_left < widths[0]:
+        raise ValueError(
+            f"logits: gate {gate.name} must keep at least {widths[0]} of its {gate.n} channels, "
+            f"but only {n_left} have a logit above -inf"
+        )
+    return [width for width in widths if width <= n_left]
 
 
 @dataclass(frozen=True)
@@ -40,24 +60,25 @@ def blocks_of(layout: GroupLayout, scores: np.ndarray, mask: Tensor) -> Blocks:
     """What may be added to ``mask``, where every gate is at its smallest width.
 
     Args:
-        scores: float64 ``[n_groups]``, higher is more worth keeping; no NaN.
+        scores: float64 ``[n_groups]``, higher is more worth keeping, -inf is never kept; no NaN.
         mask: bool ``[n_groups]``.
     """
-    scores = np.clip(scores, -LARGEST, LARGEST)
+    finite = np.clip(scores, -LARGEST, LARGEST)
     pieces, means, gate_of, last = [], [], [], []
     for index, gate in enumerate(layout.gates):
         waiting = gate.offset + np.argsort(-scores[gate.span], kind="stable")
         waiting = waiting[~mask.numpy()[waiting]]
-        sizes = np.diff(layout.widths(gate))
+        sizes = np.diff(allowed(layout, gate, scores))
         if not len(sizes):
             continue
         starts = np.cumsum(sizes) - sizes
-        mean = np.add.reduceat(scores[waiting], starts) / sizes
+        waiting = waiting[: sizes.sum()]
+        mean = np.add.reduceat(finite[waiting], starts) / sizes
         # Equal means may differ by rounding; a gate's blocks must stay in order.
         means.append(np.minimum.accumulate(mean))
         pieces += np.split(waiting, starts[1:])
         gate_of += [index] * len(sizes)
-        last += [False] * (len(sizes) - 1) + [bool(sizes[-1] < layout.round_to)]
+        last += [False] * (len(sizes) - 1) + [bool(sizes[-1] < sizes[0])]
     order = np.argsort(-np.concatenate([np.empty(0), *means]), kind="stable").tolist()
     pieces = [pieces[b] for b in order]
     return Blocks(
@@ -68,33 +89,21 @@ def blocks_of(layout: GroupLayout, scores: np.ndarray, mask: Tensor) -> Blocks:
     )
 
 
-def derivative(layout: GroupLayout, kind: str, mask: Tensor) -> Tensor:
-    """Partial derivative of the cost by each mask entry, float64 ``[n_groups]``."""
-    soft = mask.to(torch.float64).requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(getattr(layout, kind)(soft), soft)
-    return gradient
-
-
 @dataclass(frozen=True)
 class Fill:
-    """Adds ``blocks`` to masks of ``layout`` up to a cost of ``target`` (``kind``: its unit)."""
+    """Adds ``blocks`` to masks of ``layout`` up to a cost of ``target`` (in ``price``'s unit)."""
 
     layout: GroupLayout
-    kind: str
-    target: int
+    price: Price
+    target: float
     blocks: Blocks
-
-    def cost(self, mask: Tensor) -> int:
-        """Cost of the whole network under ``mask``."""
-        return getattr(self.layout, self.kind)(mask)
 
     def best(self, mask: Tensor) -> Tensor:
         """``mask`` with the blocks added that `Budget.freeze` keeps."""
         fits, too_many = 0, len(self.blocks) + 1
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
-            if self.cost(self.first(mask, middle)) <= self.target:
+            if self.price.of(self.first(mask, middle)) <= self.target:
                 fits = middle
             else:
                 too_many = middle
@@ -111,16 +120,15 @@ class Fill:
     def add(self, mask: Tensor) -> None:
         """Add the blocks that still fit to ``mask``, in place and in order.
 
-        Costs are products of kept sizes with positive coefficients, so what a block adds only grows
-        as others are kept, and its groups' partial derivatives sum to a lower bound of what it
-        adds. One gradient therefore rules out, for good, all blocks that cannot fit any more.
-        Blocks of one gate with the same bound count as equal, so that one of them is tried for all.
+        The price's slopes are lower bounds that hold for good, so they rule out all blocks that
+        cannot fit any more. Blocks of one gate with the same bound count as equal, so that one of
+        them is tried for all.
         """
         blocks, gates = self.blocks, self.layout.gates
         if not len(blocks):
             return
-        cost = self.cost(mask)
-        slope = derivative(self.layout, self.kind, mask)[blocks.groups].numpy()
+        cost = self.price.of(mask)
+        slope = self.price.slope(mask)[blocks.groups].numpy()
         bounds = np.add.reduceat(slope, blocks.start[:-1])
         too_dear = set()
         for block in np.flatnonzero(cost + bounds <= self.target + 0.5).tolist():
@@ -132,7 +140,7 @@ class Fill:
             if blocks.last[block] and int((~mask[gates[gate].span]).sum()) != len(groups):
                 continue
             mask[groups] = True
-            grown = self.cost(mask)
+            grown = self.price.of(mask)
             if grown <= self.target:
                 cost = grown
             else:

@@ -238,13 +238,13 @@ class Schedule:
 
     @classmethod
     def fast(cls, epochs: int, steps_per_epoch: int, **changes) -> Schedule:
-        """Cuts from 6 % of the run on and is done at 22 %: most of it runs on the small network."""
+        """Cuts from 6 % of the run on and is done at 25 %: most of it runs on the small network."""
         early = {
             "controller_start": 0.02,
             "projection_start": 0.06,
             "shrink_start": 0.06,
             "freeze": 0.2,
-            "zero_by": 0.22,
+            "zero_by": 0.25,
             "shrink_every": 0.04,
         }
         return cls(epochs, steps_per_epoch, **{**early, **changes})

@@ -1,5 +1,6 @@
 """Budgets: arguments, floors, and the deterministic mask that meets them."""
 
+import itertools
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import torchvision
 
 from ato_fast.budget import Budget, paper_ratio
-from ato_fast.groups import GroupLayout
+from ato_fast.groups import Gate, GroupLayout, Slice
 from ato_fast.trace import trace
 from ato_fast.train.models import build
 from nets import chain_layout
@@ -180,7 +181,8 @@ def test_bad_logits():
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
 @pytest.mark.parametrize("scope", ["inner", "all"])
-def test_within_half_a_percent(resnets, name, scope):
+@pytest.mark.parametrize("pinned_frac", [0.0, 0.2])
+def test_within_half_a_percent(resnets, name, scope, pinned_frac):
     layout = resnets[name, scope]
     generator = torch.Generator().manual_seed(0)
     for share in (0.4, 0.5, 0.7):
@@ -188,7 +190,12 @@ def test_within_half_a_percent(resnets, name, scope):
             budget = Budget(**{unit: share})
             for _ in range(5):
                 logits = torch.randn(layout.n_groups, generator=generator)
-                cost = budget.cost(layout, budget.freeze(layout, logits))
+                pinned = torch.rand(layout.n_groups, generator=generator) < pinned_frac
+                mask = budget.freeze(layout, logits.masked_fill(pinned, -torch.inf))
+                assert not mask[pinned].any()
+                cost = budget.cost(layout, mask)
+                if mask[~pinned].all():
+                    continue
                 assert 0.995 * budget.target(layout) <= cost <= budget.target(layout)
 
 
@@ -201,6 +208,89 @@ def test_resnet50_is_quick_and_near(resnet50):
         assert time.perf_counter() - start < 2
         cost = budget.cost(resnet50, mask)
         assert 0.999 * budget.target(resnet50) <= cost <= budget.target(resnet50)
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("round_to", [1, 4, 8])
+def test_pinned_groups_stay_out(unit, round_to):
+    """A logit of -inf: never kept; what the other groups can reach of the target is reached."""
+    rng = np.random.default_rng(round_to)
+    n_met = 0
+    for _ in range(60):
+        widths = tuple(int(n) for n in rng.integers(30, 70, 3))
+        layout = chain_layout(widths, (64, 16, 16, 4)).tightened(int(rng.integers(1, 6)), round_to)
+        logits = rng.standard_normal(layout.n_groups)
+        logits[rng.random(layout.n_groups) < rng.uniform(0, 0.8)] = -np.inf
+        logits[rng.random(layout.n_groups) < 0.1] = np.inf
+        free = np.isfinite(logits) | (logits > 0)
+        choices = [
+            [w for w in layout.widths(gate) if w <= free[gate.span].sum()] for gate in layout.gates
+        ]
+        budget = Budget(**{unit: float(rng.uniform(0.05, 0.9))})
+        target = budget.target(layout)
+        if not all(choices):
+            short = next(
+                g.name for g, widths in zip(layout.gates, choices, strict=True) if not widths
+            )
+            with pytest.raises(ValueError, match=rf"logits: gate {short} must keep at least"):
+                budget.freeze(layout, logits)
+            continue
+        if budget.cost(layout, first(layout, [c[0] for c in choices])) > target:
+            with pytest.raises(ValueError, match="out of reach"):
+                budget.freeze(layout, logits)
+            continue
+        mask = budget.freeze(layout, logits)
+        assert free[mask].all()
+        kept = [int(mask[gate.span].sum()) for gate in layout.gates]
+        assert all(n in widths for n, widths in zip(kept, choices, strict=True))
+        cost = budget.cost(layout, mask)
+        assert cost <= target
+        costs = (budget.cost(layout, first(layout, c)) for c in itertools.product(*choices))
+        widest = budget.cost(layout, first(layout, [c[-1] for c in choices]))
+        if widest <= target:
+            assert cost == widest
+        elif round_to == 1:
+            n_met += 1
+            waiting = (torch.from_numpy(free) & ~mask).nonzero().flatten()
+            grown = [mask.index_fill(0, group, True) for group in waiting]
+            assert all(budget.cost(layout, other) > target for other in grown)
+        elif any(0.995 * target <= c <= target for c in costs):
+            n_met += 1
+            assert cost >= 0.995 * target
+    assert n_met >= 5
+
+
+def first(layout, widths):
+    """Mask of the first so many groups of every gate."""
+    mask = torch.zeros(layout.n_groups, dtype=torch.bool)
+    for gate, width in zip(layout.gates, widths, strict=True):
+        mask[gate.offset : gate.offset + width] = True
+    return mask
+
+
+def test_pinned_groups_that_are_the_cheap_ones():
+    """Groups of one gate differ in cost; the cheap ones alone would reach the target."""
+    layout = uneven_layout()
+    budget = Budget(params=140)
+    assert budget.freeze(layout, torch.arange(8.0)).sum() >= 1
+    pinned = torch.arange(8.0)
+    pinned[:4] = -torch.inf
+    with pytest.raises(ValueError, match="140 is out of reach of the groups with a logit above"):
+        budget.freeze(layout, pinned)
+
+
+def uneven_layout():
+    """One gate of 8 channels, of which a second consumer reads the last 4."""
+    rows = Slice("a.weight", 0, np.arange(8), "row", gated=True)
+    columns = Slice("b.weight", 1, np.arange(8), "input")
+    more = Slice("c.weight", 1, np.arange(8)[4:], "input")
+    return GroupLayout(
+        gates=(Gate("a", 8, (rows, columns, more), 0),),
+        unprunable=(),
+        shapes={"a.weight": (8, 3), "b.weight": (100, 8), "c.weight": (100, 4)},
+        parameters=("a.weight", "b.weight", "c.weight"),
+        mac_terms=(),
+    )
 
 
 def test_published_conversion():

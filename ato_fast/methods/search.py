@@ -73,14 +73,19 @@ class Search:
         self.feed = Feed(seed)
         self.ranks = ranks or Ranks(model)
         self.losses: list[tuple[float, float, float]] = []
-        self.ratio = budget.target(layout) / budget.cost(layout)
         self._cost = budget.cost
         if fidelity == "paper":
             paper = Cost(layout, "paper")
-            gated = paper.macs()
-            self.ratio = paper_ratio(self.ratio, layout.macs() + _extra(layout), gated)
             self._cost = lambda _, mask: paper.macs(mask)
-        self._dense = float(self._cost(layout, None))
+        self.reprice()
+
+    def reprice(self) -> None:
+        """Read target and dense cost from the budget, again where it was measured anew."""
+        self.ratio = self.budget.target(self.layout) / self.budget.cost(self.layout)
+        self._dense = float(self._cost(self.layout, None))
+        if self.fidelity == "paper":
+            total = self.layout.macs() + _extra(self.layout)
+            self.ratio = paper_ratio(self.ratio, total, self._dense)
 
     def follow(self, model: nn.Module, layout: GroupLayout, alive: Tensor) -> None:
         """Go on with a model that was cut: groups that are gone are pinned to 0.

@@ -73,6 +73,7 @@ def restore(run: ATO, state: dict) -> None:
             )
     device = next(run.model.parameters()).device
     run.budget.load_state(state["budget"], run.layout)
+    run.search.reprice()
     run.live.restore(state["alive"].to("cpu", torch.bool))
     if not bool(run.live.alive.all()):
         run.search.follow(run.live.network, run.live.layout, run.live.alive)

@@ -68,7 +68,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         choices=("default", "paper", "fast"),
         default="default",
         help="default: the mask freezes half-way, and the network is cut from then on; paper: as "
-        "published; fast: cuts from 6%% of the run on, done at 22%%",
+        "published; fast: cuts from 6%% of the run on, done at 25%%",
     )
     add("--controller-steps", type=int, help="controller steps of the whole search; default 200")
     add(

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ import torch
 from torch import nn
 
 from .. import ATO, SGD, AdamW, Schedule, hold_out, trace
+from ..budget import Budget
 from ..groups import GroupLayout
 from . import data as datasets
 from . import models
 from .batches import Batches, derive
 from .checkpoint import Checkpoints
-from .evaluate import accuracy
+from .evaluate import accuracy, as_input
 from .loop import dense_optimizer, train_ato, train_dense
-from .outcome import RESULT, write_outcome
+from .outcome import RESULT, latency_batch, write_outcome
 from .recipe import Recipe, recipe_for
 from .settings import Place, Settings, check_writable, fingerprint, pick_device
 
@@ -48,6 +49,8 @@ class Job:
     schedule: Schedule
     checkpoints: Checkpoints
     state: dict[str, Any]
+    budget: Budget
+    """As in the settings, with what was measured."""
 
     def build(self) -> nn.Module:
         """The dense network as initialised from the seed; the same every time."""
@@ -148,7 +151,7 @@ class Job:
             self.build(),
             self.example(),
             optimizer=optimizer,
-            budget=settings.budget,
+            budget=self.budget,
             schedule=self.schedule,
             controller_data=self.batches(held, training=True, seed=1),
             scope=settings.scope,
@@ -188,7 +191,8 @@ def prepare(settings: Settings, place: Place) -> Job:
     recipe = recipe_for(data, **settings.recipe)
     channels, *size = data.shape
     torch.manual_seed(derive(settings.seed, 0))
-    model = models.build(settings.model, data.n_classes, channels, tuple(size)).to(device)
+    model = models.build(settings.model, data.n_classes, channels, tuple(size))
+    model = model.to(device, memory_format=torch.channels_last)
     layout = trace(
         model,
         (torch.zeros(2, *data.shape, device=device),),
@@ -196,7 +200,6 @@ def prepare(settings: Settings, place: Place) -> Job:
         min_channels=settings.min_channels,
         round_to=settings.round_to,
     )
-    settings.budget.check(layout)
     if settings.fidelity == "paper" and settings.budget.kind != "macs":
         raise ValueError("--fidelity paper counts multiply-adds: use --macs")
     train, _ = hold_out(data.train, settings.held_out, settings.seed)
@@ -207,7 +210,16 @@ def prepare(settings: Settings, place: Place) -> Job:
     schedule = SCHEDULES[settings.schedule](recipe.epochs, n_steps, **changes)
     checkpoints = Checkpoints(place.output / "checkpoints")
     state = _earlier(settings, place, recipe, checkpoints)
-    return Job(settings, place, device, data, recipe, layout, schedule, checkpoints, state)
+    budget = settings.budget
+    if budget.timed and "finished" not in state:
+        example = torch.zeros(latency_batch(data.shape), *data.shape, device=device)
+        budget = replace(budget, example=(as_input(example),))
+        if "run" in state:
+            budget.load_state(state["run"]["budget"], layout)
+        budget.prepare(model, layout)
+    if "finished" not in state:
+        budget.check(layout)
+    return Job(settings, place, device, data, recipe, layout, schedule, checkpoints, state, budget)
 
 
 def _earlier(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..stopwatch import processor
+
 PACKAGES = ("ato-fast", "torch", "torchvision", "numpy", "safetensors", "triton")
 
 
@@ -50,18 +52,8 @@ def machine(device: torch.device) -> dict[str, str | int]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
         "device": name,
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 1,
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"

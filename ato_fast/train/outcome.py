@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,11 @@ LARGE = 64
 RESULT = "result.json"
 ARTEFACTS = ("model.safetensors", "recipe.json", "mask.safetensors", "report.png", RESULT)
 """Files of a finished run; the last one makes it finished."""
+
+
+def latency_batch(shape: Sequence[int]) -> int:
+    """Images of ``shape`` (channels, height, width) in a batch whose latency is measured."""
+    return LATENCY_BATCH_LARGE if max(shape[1:]) > LARGE else LATENCY_BATCH
 
 
 def write_outcome(job: Job, run: ATO, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -91,8 +96,7 @@ def _check_reload(job: Job, result: Result, folder: Path, test, score: float) ->
 
 def _content(job: Job, run: ATO, result: Result, score: float, error: float) -> dict[str, Any]:
     dense_model = job.build()
-    large = max(job.data.shape[1:]) > LARGE
-    shape = (LATENCY_BATCH_LARGE if large else LATENCY_BATCH, *job.data.shape)
+    shape = (latency_batch(job.data.shape), *job.data.shape)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(job.device)
     timings = latency([dense_model, result.model], x)

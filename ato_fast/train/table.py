@@ -31,7 +31,7 @@ def closing_table(result: dict[str, Any]) -> str:
         "",
         table(["", "dense", "small", "small/dense"], rows),
         "",
-        f"budget: {budget['kind']} <= {budget['target']:,}, reached {budget['achieved']:,}; "
+        f"{_budget(budget)}; "
         f"of the training time {overhead['controller']:.1%} was the controller's, "
         f"{overhead['projection']:.1%} the projection's, {overhead['cutting']:.1%} the cuts' "
         f"({len(result['cuts'])})",
@@ -41,6 +41,13 @@ def closing_table(result: dict[str, Any]) -> str:
         f"{result['machine']['threads']} threads on {result['machine']['device']}",
     ]
     return "\n".join(lines)
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    target, reached = budget["target"], budget["achieved"]
+    if budget["measured"] is not None:
+        return f"budget: latency <= {target:.3g} ms, measured {reached:.3g} ms at the freeze"
+    return f"budget: {budget['kind']} <= {target:,}, reached {reached:,}"
 
 
 def _row(name: str, dense: int, small: int, show) -> list[str]:

@@ -227,6 +227,9 @@ class GroupOptimizer(torch.optim.Optimizer):
                 f"the one given has {layout.sha256[:12]}); give optimizer.layout"
             )
         self.flat.check()
+        own = set(model.parameters())
+        if not all(param in own for param in self.flat.params):
+            raise ValueError("optimizer: it steps another model's parameters")
         dims_of = by_tensor(kept)
         tensors = dict(named_tensors(model))
         own = {tensors[name]: dims for name, dims in dims_of.items()}

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .group_optimizer import GroupOptimizer
 from .groups import GroupLayout
-from .shrink import by_tensor, check_model, cut, named_tensors, new_attributes, select
+from .shrink import by_tensor, check_model, named_tensors, new_attributes, prepare_cut, select
 
 WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
@@ -74,33 +74,31 @@ def shrink_(
     Raises:
         ValueError: a dropped group that is not zero (see `zero_`), a mask or layout that does not
             fit, an optimizer of another layout or with state of other shapes. Nothing has changed.
+        TypeError: an ``ema`` that is no module, an optimizer that wraps another one.
         RuntimeError: DistributedDataParallel over another process group than the default one.
     """
     network = plain(model)
-    _check(network, layout)
+    averages = check_cuttable(model, layout, ema)
     keep = layout.check_keep(mask)
     check_zero(network, layout, keep)
-    averages = [ema] if isinstance(ema, nn.Module) else list(ema or ())
-    for average in averages:
-        if plain(average) is network:
-            raise ValueError("ema: it is the model itself, expected an averaged copy of it")
-        check_model(plain(average), layout)
     kept = layout.kept_indices(keep)
     if not kept:
         return layout
-    parallel = [m for m in wrappers_of(model) if isinstance(m, DistributedDataParallel)]
-    wrapped = [(m, m.__getstate__()) for m in parallel]
+    wrapped = [(m, m.__getstate__()) for m in _parallel(model)]
     if isinstance(optimizer, GroupOptimizer):
         resume = optimizer.prepare_cut(network, layout, kept)
     else:
         resume = _cut_state(optimizer, network, kept)
     small = layout.shrunk(keep)
-    for each in (network, *map(plain, averages)):
-        cut(each, kept, new_attributes(each, layout, keep))
+    cuts = [
+        prepare_cut(each, kept, new_attributes(each, layout, keep)) for each in (network, *averages)
+    ]
+    for apply in cuts:
+        apply()
     resume(network, small, keep)
     for module, state in wrapped:
         _rebuild(module, state)
-    if any(hasattr(m, "_orig_mod") for m in wrappers_of(model)):
+    if _is_compiled(model):
         # Dynamo counts sizes of the same module and falls back to eager after the eighth.
         torch.compiler.reset()
     return small
@@ -114,13 +112,55 @@ def _rebuild(module: DistributedDataParallel, state: dict) -> None:
         module.register_comm_hook(its_state, hook)
 
 
-def _check(network: nn.Module, layout: GroupLayout) -> None:
+def check_cuttable(
+    model: nn.Module, layout: GroupLayout, ema: nn.Module | Iterable[nn.Module] | None
+) -> list[nn.Module]:
+    """Check all of `shrink_`'s arguments that a run has from its beginning.
+
+    Returns:
+        The plain modules of the averages, each once.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `shrink_`.
+    """
+    network = plain(model)
     check_model(network, layout)
     if layout.as_graph:
         raise ValueError(
             "layout: traced with as_graph=True, its gates cannot be cut out of the module itself; "
             "use shrink(..., as_graph=True) after training"
         )
+    for module in _parallel(model):
+        for _, state in module.__getstate__().get("_comm_hooks", ()):
+            if hasattr(state, "error_dict"):
+                raise ValueError(
+                    f"model: its communication hook keeps gradients in {type(state).__name__}, "
+                    "which do not fit after a cut"
+                )
+    averages: dict[int, nn.Module] = {}
+    for average in [ema] if isinstance(ema, nn.Module) else list(ema or ()):
+        if not isinstance(average, nn.Module):
+            raise TypeError(f"ema: expected torch.nn.Modules, got a {type(average).__name__}")
+        inner = plain(average)
+        if inner is network:
+            raise ValueError("ema: it is the model itself, expected an averaged copy of it")
+        try:
+            check_model(inner, layout)
+        except ValueError as error:
+            raise ValueError(f"ema: {error}") from error
+        averages[id(inner)] = inner
+    return list(averages.values())
+
+
+def _parallel(model: nn.Module) -> list[DistributedDataParallel]:
+    return [m for m in wrappers_of(model) if isinstance(m, DistributedDataParallel)]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether the model is what `torch.compile` returned, or any module of it compiles itself."""
+    return any(hasattr(m, "_orig_mod") for m in wrappers_of(model)) or any(
+        getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
+    )
 
 
 @torch.no_grad()
@@ -166,22 +206,33 @@ def _cut_state(optimizer, network: nn.Module, kept):
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
+    name = type(optimizer).__name__
+    if hasattr(optimizer, "optim"):
+        raise TypeError(f"optimizer: {name} steps through another optimizer, which cannot be cut")
     tensors = dict(named_tensors(network))
     dims_of = {tensors[name]: dims for name, dims in by_tensor(kept).items()}
     mine = {param for group in optimizer.param_groups for param in group["params"]}
-    if not any(param in mine for param in network.parameters()):
+    shared = [param for param in network.parameters() if param in mine]
+    if not shared:
         raise ValueError("optimizer: it steps no parameter of this model")
     new: dict[nn.Parameter, dict] = {}
-    for param, dims in dims_of.items():
-        for key, value in optimizer.state.get(param, {}).items() if param in mine else ():
-            if not isinstance(value, torch.Tensor) or value.numel() == 1 != param.numel():
-                continue
-            if value.shape != param.shape:
+    for param in shared:
+        for key, value in optimizer.state.get(param, {}).items():
+            if isinstance(value, torch.Tensor) and (
+                value.numel() > 1 or param.numel() == 1 == value.dim()
+            ):
+                if value.shape != param.shape:
+                    raise ValueError(
+                        f"optimizer: its state {key!r} has shape {tuple(value.shape)} for a "
+                        f"parameter of shape {tuple(param.shape)}; {name} cannot be cut"
+                    )
+                if param in dims_of:
+                    new.setdefault(param, {})[key] = select(value, dims_of[param])
+            elif isinstance(value, (list, tuple, dict)) and value:
                 raise ValueError(
-                    f"optimizer: its state {key!r} has shape {tuple(value.shape)} for a parameter "
-                    f"of shape {tuple(param.shape)}; {type(optimizer).__name__} cannot be cut"
+                    f"optimizer: its state {key!r} is a {type(value).__name__}; {name} cannot be "
+                    "cut"
                 )
-            new.setdefault(param, {})[key] = select(value, dims)
 
     def resume(*_) -> None:
         for param, entries in new.items():

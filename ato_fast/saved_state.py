@@ -18,18 +18,9 @@ def matched_state(
     optimizer: GroupOptimizer, groups: list[dict[str, Any]], state: Mapping[int, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Saved state per parameter of ours, checked against shapes."""
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"state_dict: expected {len(optimizer.param_groups)} parameter group(s), "
-            f"got {len(groups)}"
-        )
+    check_groups(optimizer, groups)
     values = []
-    for row, (saved, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        if len(saved["params"]) != len(own["params"]):
-            raise ValueError(
-                f"state_dict: group {row}: expected {len(own['params'])} parameters, "
-                f"got {len(saved['params'])}"
-            )
+    for saved, own in zip(groups, optimizer.param_groups, strict=True):
         for key, param in zip(saved["params"], own["params"], strict=True):
             name = optimizer.flat.names[len(values)]
             entry = dict(state.get(key, {}))
@@ -50,6 +41,21 @@ def matched_state(
                 entry[field] = value.detach().clone()
             values.append(entry)
     return values
+
+
+def check_groups(optimizer: GroupOptimizer, groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless the parameter groups have as many parameters as the optimizer's."""
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"state_dict: expected {len(optimizer.param_groups)} parameter group(s), "
+            f"got {len(groups)}"
+        )
+    for row, (saved, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        if len(saved["params"]) != len(own["params"]):
+            raise ValueError(
+                f"state_dict: group {row}: expected {len(own['params'])} parameters, "
+                f"got {len(saved['params'])}"
+            )
 
 
 def check_extra(optimizer: GroupOptimizer, extra: Mapping[str, Any]) -> None:

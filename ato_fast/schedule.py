@@ -99,8 +99,11 @@ class Schedule:
             "strong_start",
         ):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a fraction of the run in [0, 1], got {value}")
+            if value is None and name in ("controller_drop", "strong_start", "shrink_start"):
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a fraction of the run in [0, 1], got {value!r}")
         if not 0 <= self.pull < 1:
             raise ValueError(f"pull: expected a share in [0, 1), got {self.pull}")
         if len(self.strengths) != 2 or min(self.strengths) < 0:

@@ -7,7 +7,7 @@ so, `shrink` cuts it. Modules keep their classes; their size attributes follow.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -52,6 +52,9 @@ def duplicate(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -> 
                 visit(value)
 
     for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            # Shared, not copied: a hook may hold anything.
+            memo.update({id(hook): hook for hook in hooks.values()})
         visit({k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")})
     return copy.deepcopy(model, memo)
 
@@ -98,6 +101,8 @@ def zero_(model: nn.Module, layout: GroupLayout, mask) -> None:
         if len(dropped):
             target = tensors[tensor]
             target.index_fill_(dim, dropped.to(target.device), 0)
+    # Autocast keeps copies in lower precision of what was just written.
+    torch.clear_autocast_cache()
 
 
 def shrink(model: nn.Module, layout: GroupLayout, mask, as_graph: bool = False) -> nn.Module:
@@ -166,19 +171,40 @@ def cut(
         kept: indices to keep.
         attributes: new values of sizes that modules keep for themselves, by dotted path.
     """
+    prepare_cut(model, kept, attributes)()
+
+
+def prepare_cut(
+    model: nn.Module, kept: dict[tuple[str, int], np.ndarray], attributes: Mapping[str, int]
+) -> Callable[[], None]:
+    """As `cut`, which is what the function returned does; nothing has changed before.
+
+    Raises:
+        ValueError: a sparse gradient.
+    """
     tensors = dict(named_tensors(model))
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    cut = {id(tensors[name]): (tensors[name], dims) for name, dims in by_tensor(kept).items()}
-    for tensor, dims in cut.values():
-        grad = tensor.grad
-        set_data(tensor, select(tensor, dims))
-        if grad is not None:
-            tensor.grad = select(grad, dims)
-    _finish(model, tensors, shapes, kept, attributes)
+    smaller = {}
+    for name, dims in by_tensor(kept).items():
+        tensor, grad = tensors[name], tensors[name].grad
+        if grad is not None and grad.layout is not torch.strided:
+            raise ValueError(f"{name}.grad: expected a dense gradient, got layout {grad.layout}")
+        new_grad = None if grad is None else select(grad, dims)
+        smaller[id(tensor)] = (tensor, select(tensor, dims), new_grad)
+
+    def apply() -> None:
+        for tensor, data, grad in smaller.values():
+            _set_data(tensor, data)
+            tensor.grad = grad
+        # Autocast keeps copies in lower precision of what was just replaced.
+        torch.clear_autocast_cache()
+        _finish(model, tensors, shapes, kept, attributes)
+
+    return apply
 
 
 @torch.no_grad()
-def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Let ``tensor`` hold ``data``, of another shape, from now on; its gradient is dropped."""
     if isinstance(tensor, nn.Parameter):
         tensor.grad = None

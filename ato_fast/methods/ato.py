@@ -87,6 +87,8 @@ class ATO:
         for name, value, kind in (("budget", budget, Budget), ("schedule", schedule, Schedule)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected an ato.{kind.__name__}, got {value!r}")
+        if evaluate is not None and not callable(evaluate):
+            raise TypeError(f"evaluate: expected a function of the model, got {evaluate!r}")
         if layout is None:
             layout = trace(plain(model), example_inputs, scope=scope)
         layout = layout.tightened(min_channels, round_to)
@@ -163,7 +165,8 @@ class ATO:
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Optimizer step with projection; controller steps, redraws and the freeze when due.
 
-        Reads nothing back to the host, except where a controller step or an epoch ends.
+        Reads nothing back to the host, except where a controller step or an epoch ends or the
+        network is cut.
 
         Args:
             scaler: where the loss was scaled, the scaler: it steps the optimizer, so that a step
@@ -245,6 +248,8 @@ class ATO:
         """
         network = self.live.network
         due = self.live.of(self._pull.due & ~self.mask)
+        if not self.live.has_work(due, self.mask):
+            return False
         record: dict[str, Any] = {"step": t, "epoch": t / self.schedule.steps_per_epoch}
         with self._clock.measure("evaluate"):
             record["accuracy_before"] = scored(self.evaluate, network)
@@ -252,12 +257,16 @@ class ATO:
             record |= self.live.zero(due)
             done = self.live.cut(self.mask, self.example_inputs) if cut else None
             if done is not None:
+                # Of the groups there were; new ones follow before the next step.
+                self._strength = self._threshold = None
                 self.search.follow(network, self.live.layout, self.live.alive)
-        if done is None and not record["n_unfinished"]:
-            return False
+        record |= done or {"groups": 0}
+        record["accuracy_after"] = None
+        # Before anything else can fail: what was cut is in the report.
+        self.cuts.append(record)
+        self.ranks.check_same("network", self.live.alive)
         with self._clock.measure("evaluate"):
             record["accuracy_after"] = scored(self.evaluate, network)
-        self.cuts.append({**record, **(done or {"groups": 0})})
         return done is not None
 
     def _strengthen(self, t: int) -> None:

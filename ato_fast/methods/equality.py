@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..probe import cpu_inputs
+from ..shrink import duplicate
 
 EQUALITY_LIMIT = 1e-4
 """Largest relative difference of small and masked network. Rounding in float32 stays below 1e-5."""
@@ -39,7 +39,7 @@ def relative_error(expected: Any, actual: Any) -> float:
 @torch.no_grad()
 def reference_output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Output in eval mode on CPU in at least float32, where no TF32 blurs the comparison."""
-    model = copy.deepcopy(model).to("cpu").eval()
+    model = duplicate(model).to("cpu").eval()
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
         model = model.float()
     return model(*cpu_inputs(inputs))

@@ -105,7 +105,7 @@ def finish(run: ATO, evaluate: Callable[[nn.Module], float] | None) -> Result:
         "accuracy": accuracy,
         "accuracy_before_projection": before,
         "accuracy_after_projection": after,
-        "cuts": run.cuts,
+        "cuts": [dict(cut) for cut in run.cuts],
         "equality_rel_err": error,
         "mask_sha256": mask_sha256(layout, mask),
         "layout_sha256": layout.sha256,

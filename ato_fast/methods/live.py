@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..group_optimizer import GroupOptimizer
 from ..groups import GroupLayout
-from ..inplace import nonzero_groups, plain, shrink_
+from ..inplace import check_cuttable, nonzero_groups, plain, shrink_
 from ..shrink import shrink, zero_
 from .equality import EQUALITY_LIMIT, reference_output, relative_error
 
@@ -68,6 +68,7 @@ class Live:
         self.full = layout
         self.optimizer = optimizer
         self.ema = [ema] if isinstance(ema, nn.Module) else list(ema or ())
+        check_cuttable(model, layout, self.ema)
         self.alive = torch.ones(layout.n_groups, dtype=torch.bool)
         """Bool CPU ``[n_groups]`` of the traced layout."""
 
@@ -84,6 +85,16 @@ class Live:
     def of(self, values: Tensor) -> Tensor:
         """The part of ``values`` (one per traced group) that belongs to groups that are left."""
         return values[self.alive.to(values.device)]
+
+    def has_work(self, due: Tensor, mask: Tensor) -> bool:
+        """Whether `zero` or `cut` would find a group.
+
+        Args:
+            due: as for `zero`.
+            mask: as for `cut`.
+        """
+        nonzero = nonzero_groups(self.network, self.layout)
+        return bool(((due & nonzero) | ~(self.of(mask) | nonzero)).any())
 
     def zero(self, due: Tensor) -> dict:
         """Set groups to exact zero.

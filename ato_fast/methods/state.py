@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..saved_state import check_groups
 from .clock import Clock
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def restore(run: ATO, state: dict) -> None:
                 f"state: its {name} is {theirs.get(name)}, this run's is {mine.get(name)}; "
                 "resume with the arguments the run was started with"
             )
+    check_groups(run.optimizer, state["optimizer"]["param_groups"])
     device = next(run.model.parameters()).device
     run.budget.load_state(state["budget"], run.layout)
     run.search.reprice()

@@ -4,7 +4,7 @@
 
 * ``auto`` (default): fp32 and bf16 parameters on the CPU use ``_C`` if it was built; on CUDA they
   use ``_C_cuda`` if it was built, else Triton (so on AMD). The pure-torch reference serves the rest
-  (float64, float16, other devices).
+  (float64, float16, other devices). Ops that have no CUDA kernel use Triton there (`register_op`).
 * ``cpu``, ``cuda``, ``triton``, ``reference``: that one or an error that says why it cannot serve.
 """
 
@@ -22,6 +22,7 @@ from . import reference
 
 NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 OPS = ("group_step_", "group_norms")
+"""Ops of the optimizer's step; others join by `register_op`."""
 VARIABLE = "ATO_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 """Parameter dtypes the kernels take; their state is fp32."""
@@ -33,6 +34,8 @@ _REFERENCE: dict[str, Callable] = {
     "group_norms": reference.group_norms_ref,
 }
 _TRITON: dict[str, Callable] = {}
+_DTYPES = dict.fromkeys(OPS, KERNEL_DTYPES)
+_COMPILED = dict.fromkeys(OPS, ("cpu", "cuda"))
 
 
 class BackendError(RuntimeError):
@@ -50,6 +53,19 @@ class Extension:
     def loaded(self) -> bool:
         """Whether its kernels are registered."""
         return self.reason is None
+
+
+def register_op(
+    op: str, reference: Callable, dtypes: Sequence[torch.dtype], compiled: Sequence[str] = ("cpu",)
+) -> None:
+    """Offer an op besides `OPS`.
+
+    Args:
+        reference: its plain torch function.
+        dtypes: of the tensors its kernels take.
+        compiled: compiled libraries that have a kernel of it, of ``cpu`` and ``cuda``.
+    """
+    _REFERENCE[op], _DTYPES[op], _COMPILED[op] = reference, tuple(dtypes), tuple(compiled)
 
 
 def register_triton(op: str, launcher: Callable) -> None:
@@ -90,9 +106,10 @@ def why_not(name: str, op: str, device: torch.device, dtypes: Sequence[torch.dty
     """Why backend ``name`` cannot serve ``op`` on these buffers; None if it can."""
     if name == "reference":
         return None
-    wrong = [str(dtype) for dtype in dtypes if dtype not in KERNEL_DTYPES]
+    wrong = [str(dtype) for dtype in dtypes if dtype not in _DTYPES[op]]
     if wrong:
-        return f"it takes float32 and bfloat16 parameters, got {', '.join(wrong)}"
+        taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[op])
+        return f"it takes tensors of {taken}, got {', '.join(wrong)}"
     if name == "triton":
         failure = _load_triton()
         if failure is not None:
@@ -102,6 +119,8 @@ def why_not(name: str, op: str, device: torch.device, dtypes: Sequence[torch.dty
         if device.type != "cuda" and not _triton_interprets():
             return f"it needs CUDA tensors or TRITON_INTERPRET=1, got {device.type} tensors"
         return None
+    if name not in _COMPILED[op]:
+        return f"there is no {name} kernel of {op}"
     if device.type != name:
         return f"it needs {name} tensors, got {device.type} tensors"
     return extension("_C" if name == "cpu" else "_C_cuda").reason
@@ -113,8 +132,8 @@ def serving(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str
     Raises:
         BackendError: the forced backend cannot.
     """
-    if op not in OPS:
-        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    if op not in _REFERENCE:
+        raise ValueError(f"op: expected one of {', '.join(_REFERENCE)}, got {op!r}")
     name = requested()
     if name != "auto":
         reason = why_not(name, op, device, dtypes)
@@ -145,7 +164,7 @@ def report() -> str:
     dtypes = [torch.float32]
     for device in ("cpu", "cuda"):
         absent = device == "cuda" and not torch.cuda.is_available()
-        for op in OPS:
+        for op in _REFERENCE:
             try:
                 served = serving(op, torch.device(device), dtypes)
             except BackendError as error:
@@ -153,7 +172,7 @@ def report() -> str:
             note = " (no CUDA device here)" if absent else ""
             lines.append(f"  {device} tensors, {op:<12} {served}{note}")
     for name, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):
-        for op in OPS:
+        for op in _REFERENCE:
             reason = why_not(name, op, torch.device(device), dtypes)
             lines.append(f"  {name:<9} {op:<12} {reason or 'ready'}")
     return "\n".join(lines)

@@ -11,6 +11,9 @@ every gate one position of a sequence; a bidirectional GRU, a shared LayerNorm a
 `Controller.logits` returns ``o + b``: without noise a group is kept iff it is at least 0. With
 noise it is dropped with probability ``exp(-exp(o + b))``, so all groups are kept at first (2e-9 at
 ``o = 0``).
+
+Heads, noise and mask are one op (`gate_mask`). The noise is counter-based (`noise.py`): its state
+is the seed and how many draws were taken, and every rank, device and backend draws the same.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .noise import gate_mask, gumbel, uniform
+
 BASE = 3.0  # b of the paper
 TEMPERATURE = 0.4  # tau of the paper
 INPUT_SIZE = 64
 HIDDEN_SIZE = 128
 BAND = 0.005  # half width of the flat bottom of the resource loss, from the reference code
-TINY = 1e-20  # keeps both logarithms of the Gumbel noise finite, from the reference code
 LIKELY = math.log(math.log(2.0))
 """Noise-free logit at which dropping and keeping are equally likely: exp(-exp(x)) = 1/2."""
 
@@ -55,7 +59,8 @@ class Controller(nn.Module):
         if not widths or min(widths) < 1:
             raise ValueError(f"widths: expected at least one gate, all >= 1 channel, got {widths}")
         self.widths = widths
-        self.seed = seed
+        self.seed = int(seed)
+        self.draws = 0
         # The modules draw their default initial values from the global generator; they get our
         # own below, so that a seed gives the same controller whatever ran before.
         with torch.random.fork_rng(devices=[]):
@@ -71,29 +76,33 @@ class Controller(nn.Module):
         bound = 1 / math.sqrt(2 * HIDDEN_SIZE)
         nn.init.uniform_(self.heads, -bound, bound, generator=init)
         self.register_buffer("source", source)
-        gate_of = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
-        self.register_buffer("gate_of", gate_of, persistent=False)
+        bounds = torch.tensor([0, *widths]).cumsum(0)
+        self.register_buffer("bounds", bounds, persistent=False)
         self.to(device)
-        self.generator = torch.Generator(device=device).manual_seed(seed)
 
     @property
     def n_groups(self) -> int:
         """Length of the mask."""
         return len(self.heads)
 
-    def logits(self) -> Tensor:
-        """Noise-free ``o + b``, float ``[n_groups]``, differentiable."""
+    def _heads(self, hard: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, uniform numbers of the next draw, and the mask they give."""
         features, _ = self.gru(self.source)  # [L, 1, 256]
         features = torch.relu(self.norm(features)).squeeze(1)  # [L, 256]
-        per_group = features.index_select(0, self.gate_of)  # [n_groups, 256]
-        return (self.heads * per_group).sum(dim=1) + BASE
+        return gate_mask(
+            features, self.heads, self.bounds, self.seed, self.draws,
+            base=BASE, temperature=TEMPERATURE, hard=hard,
+        )  # fmt: skip
+
+    def logits(self) -> Tensor:
+        """Noise-free ``o + b``, float ``[n_groups]``, differentiable."""
+        return self._heads(hard=False)[0]
 
     def noise(self) -> Tensor:
-        """One standard Gumbel draw per group, ``[n_groups]``, from the controller's generator."""
-        uniform = torch.rand(
-            self.n_groups, generator=self.generator, device=self.heads.device, dtype=torch.float32
-        )
-        return -torch.log(-torch.log(uniform + TINY) + TINY)
+        """One standard Gumbel draw per group, ``[n_groups]``; the next call gives the next draw."""
+        drawn = gumbel(uniform(self.heads[:, 0], self.seed, self.draws))
+        self.draws += 1
+        return drawn
 
     def sample(
         self, noise: Tensor | None = None, *, hard: bool = True, logits: Tensor | None = None
@@ -107,6 +116,10 @@ class Controller(nn.Module):
             logits: as `logits` returns them, to share one pass between draws; ``None`` computes
                 them.
         """
+        if noise is None and logits is None:
+            _, _, mask = self._heads(hard)
+            self.draws += 1
+            return mask
         if logits is None:
             logits = self.logits()
         if noise is None:
@@ -123,25 +136,26 @@ class Controller(nn.Module):
                 {"params": [*plain, *self.norm.parameters()], "weight_decay": 0.0},
             ],
             lr=lr,
+            # One pass per tensor instead of one per operation.
+            fused=True,
         )
 
-    def get_extra_state(self) -> dict[str, Tensor | str]:
-        """State of the noise generator, part of ``state_dict``."""
-        return {"generator": self.generator.get_state(), "device": self.generator.device.type}
+    def get_extra_state(self) -> dict[str, int]:
+        """State of the noise, part of ``state_dict``: two integers."""
+        return {"seed": self.seed, "draws": self.draws}
 
-    def set_extra_state(self, state: dict[str, Tensor | str]) -> None:
-        """Restore the noise generator.
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Restore the noise.
 
         Raises:
-            ValueError: the state was saved on another kind of device, whose draws differ.
+            ValueError: no such state, for example one that holds a torch generator's.
         """
-        device = self.generator.device.type
-        if state["device"] != device:
+        if set(state) != {"seed", "draws"}:
             raise ValueError(
-                f"controller state: its noise generator lived on {state['device']!r}, this "
-                f"controller's lives on {device!r}; resume on the same kind of device"
+                "controller state: expected the noise's seed and draws, got "
+                f"{', '.join(map(str, state)) or 'nothing'}; it was saved by another version"
             )
-        self.generator.set_state(state["generator"].to("cpu", torch.uint8))
+        self.seed, self.draws = int(state["seed"]), int(state["draws"])
 
 
 def relax(noisy: Tensor, *, hard: bool) -> Tensor:

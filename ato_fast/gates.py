@@ -1,24 +1,32 @@
 """Masked forward of the unmodified model, with gradients for the mask only.
 
-Published: the feature map after the activation is multiplied channel by channel by the mask. Here
-the tensor that feeds the activation is scaled instead, through the last affine before it (the
-norm's weight and bias, or the producing layer's rows where there is no norm). For a positively
-homogeneous activation, ``f(w a) = w f(a)`` for ``w >= 0`` (ReLU, leaky ReLU, PReLU, identity), both
-are equal in value and gradient, and no activation-sized tensor is read, written or saved for it.
+Published: the feature map after the activation is multiplied channel by channel by the mask. Two
+routes to that, neither of which reads, writes or saves an activation for it:
 
-At ``w = 0`` exactly ReLU has no slope, so a dropped group would get no gradient and could never
-come back. A mask that needs a gradient is therefore lifted from 0 to a power of two below the
-rounding error of the dtype (`_FLOOR`), where the gradient is the published one. Scaling by a power
-of two is exact. (In float16 the lift is 2**-12, for want of exponents; it is chosen where autocast
-to float16 is on *around* the call, so enter autocast there and not inside the function that is
-evaluated.)
+* **Fused**, where a batch norm with a gate runs, in evaluation: `masked_bn_act` computes norm,
+  activation and gate in one pass, and norms without a gate go into the weights of the convolution
+  before them (`deferred.py` says how that is found out while the model runs). The gate is where it
+  is published, for every activation that op knows; for others it is before the activation.
+* **Affine**, everywhere else (no batch norm, compiled models, no gradient wanted): the tensor that
+  feeds the activation is scaled through the last affine before it, the norm's weight and bias or
+  the producing layer's rows. For a positively homogeneous activation, ``f(w a) = w f(a)`` for
+  ``w >= 0`` (ReLU, leaky ReLU, PReLU, identity), this is equal in value and gradient. For others
+  (ReLU6, SiLU, GELU) the gate acts *before* the activation: value and gradient at ``w = 1`` and
+  the value at ``w = 0`` need only ``f(0) = 0``; in between the two differ.
 
-Other activations (ReLU6, SiLU, GELU): the gate acts *before* the activation. Value and gradient at
-``w = 1`` and the value at ``w = 0`` need only ``f(0) = 0``; in between the two differ.
+Both scale the same tensors, so a norm the fused route does not see gets the affine one.
+
+At ``w = 0`` exactly ReLU has no slope, so on the affine route a dropped group would get no gradient
+and could never come back. A mask that needs a gradient is therefore lifted there from 0 to a power
+of two below the rounding error of the dtype (`_FLOOR`), where the gradient is the published one.
+Scaling by a power of two is exact. (In float16 the lift is 2**-12, for want of exponents; it is
+chosen where autocast to float16 is on *around* the call, so enter autocast there and not inside the
+function that is evaluated.)
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .deferred import Fusion, Site, computed
 from .groups import GroupLayout
+from .masked import affines
 
 _FLOOR = {
     torch.float64: 2.0**-60,
@@ -56,15 +67,17 @@ class Gates:
     Args:
         model: the model of the layout.
         layout: its slices with ``gated=True`` say what a mask entry scales.
+        fused: whether norms with a gate may take the fused route.
 
     Raises:
         ValueError: a gate that no slice carries, or a gated tensor that is no parameter of the
             model.
     """
 
-    def __init__(self, model: nn.Module, layout: GroupLayout) -> None:
+    def __init__(self, model: nn.Module, layout: GroupLayout, *, fused: bool = True) -> None:
         self.model = model
         self.layout = layout
+        self.fused = fused
         bare = [g.name for g in layout.gates if not any(s.gated for s in g.slices)]
         if bare:
             raise ValueError(f"layout: no slice is gated for gate {', '.join(bare)}")
@@ -86,19 +99,27 @@ class Gates:
         self._vectors = [t for (t, _), _ in entries if known[t].dim() == 1]
         self._rows = [(t, d) for (t, d), _ in entries if known[t].dim() > 1]
         self._sizes = [len(groups) for _, groups in entries]
+        # Equal for vectors whose entries belong to the same groups, as a norm's weight and bias.
+        seen: dict[bytes, int] = {}
+        self._kinds = [seen.setdefault(groups.tobytes(), len(seen)) for _, groups in entries][
+            : len(self._vectors)
+        ]
         flat = np.concatenate([groups for _, groups in entries])
         self._index = torch.from_numpy(flat)
+        self._norms = [
+            (prefix, module)
+            for prefix, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        ]
 
-    def tensors(self, mask: Tensor) -> dict[str, Tensor]:
-        """Every parameter of the model, detached, the gated ones scaled by ``mask``.
-
-        Args:
-            mask: ``[n_groups]`` on the model's device, values in [0, 1].
-        """
+    def _factors(self, mask: Tensor) -> Tensor:
+        """The mask's entry for every entry of the gated tensors, one after the other."""
         self._index = self._index.to(mask.device)
-        factors = torch.cat([mask, mask.new_ones(1)]).index_select(0, self._index)
-        factors = factors.split(self._sizes)
-        tensors = {name: p.detach() for name, p in self.model.named_parameters()}
+        return torch.cat([mask, mask.new_ones(1)]).index_select(0, self._index)
+
+    def _scaled(self, plain: dict[str, Tensor], all_factors: Tensor) -> dict[str, Tensor]:
+        """Every parameter, the gated ones times their factors."""
+        factors, tensors = all_factors.split(self._sizes), dict(plain)
         if self._vectors:
             n = len(self._vectors)
             vectors = torch.cat([tensors[name] for name in self._vectors])
@@ -110,6 +131,24 @@ class Gates:
             shape[dim] = -1
             tensors[name] = tensors[name] * factor.to(tensors[name].dtype).view(shape)
         return tensors
+
+    def _fusion(
+        self, plain: dict[str, Tensor], tensors: dict[str, Tensor], factors: Tensor, lifted: Tensor
+    ) -> Fusion:
+        """What the fused route has to know of gated vectors and of norms."""
+        gates = zip(factors.split(self._sizes), lifted.split(self._sizes), strict=True)
+        sites = {
+            id(tensors[name]): Site(plain[name], *gate, kind)
+            for name, gate, kind in zip(self._vectors, gates, self._kinds, strict=False)
+        }
+        norms = []
+        for prefix, module in self._norms:
+            names = [f"{prefix}.{name}" for name in ("weight", "bias")]
+            statistics = (module.running_mean, module.running_var)
+            given = (*statistics, *map(tensors.get, names))
+            key = (*map(id, given), module.eps)
+            norms.append((key, *statistics, *map(plain.get, names), module.eps))
+        return Fusion(sites, {key: affine for key, *affine in affines(norms)})
 
     def __call__(self, mask: Tensor, fn: Callable[[nn.Module], Any]) -> Any:
         """``fn(model)`` with the model masked and in eval mode.
@@ -134,16 +173,31 @@ class Gates:
         mask = mask.to(first.device)
         if not mask.is_floating_point():
             mask = mask.to(first.dtype)
-        if mask.requires_grad:
-            mask = mask + (mask.clamp_min(_floor(first)) - mask).detach()
-        tensors = {f"model.{name}": t for name, t in self.tensors(mask).items()}
+        factors = self._factors(mask)
+        differentiable = mask.requires_grad and torch.is_grad_enabled()
+        lifted = factors
+        if differentiable:
+            lifted = factors + (factors.clamp_min(_floor(first)) - factors).detach()
+        plain = {name: p.detach() for name, p in self.model.named_parameters()}
+        tensors = self._scaled(plain, lifted)
         modes = [(module, module.training) for module in self.model.modules()]
+        fusion = contextlib.nullcontext()
+        if self.fused and differentiable and not any(_compiled(module) for module, _ in modes):
+            fusion = self._fusion(plain, tensors, factors, lifted)
+        swapped = {f"model.{name}": t for name, t in tensors.items()}
         try:
             self.model.eval()
-            return functional_call(_Closure(self.model, fn), tensors, ())
+            with fusion:
+                result = functional_call(_Closure(self.model, fn), swapped, ())
+            return computed(result)
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether torch.compile replaced the module's calls."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _floor(parameter: Tensor) -> float:

@@ -1,7 +1,8 @@
-"""Projections as one would write them in plain PyTorch, layer by layer, after the optimizer's step.
+"""What is compared with: the published algorithm as one would write it in plain PyTorch.
 
-Both compute the proximal step of Auto-Train-Once (arXiv 2403.14729): channel c of gate l, dropped
-by the mask, with the norm nu over its rows in all of the gate's tensors,
+`FeatureGates` is the masked forward; the projections work layer by layer after the optimizer's
+step. Both of these compute the proximal step of Auto-Train-Once (arXiv 2403.14729): channel c of
+gate l, dropped by the mask, with the norm nu over its rows in all of the gate's tensors,
 
     x <- x / nu * max(0, nu - lr * lam * n_l / N),     nu = sqrt(sum(x^2) + 1e-8)
 
@@ -10,6 +11,8 @@ where n_l of the N dropped groups are in gate l.
 
 from __future__ import annotations
 
+import copy
+import types
 from collections.abc import Mapping
 
 import numpy as np
@@ -92,3 +95,67 @@ def _squares(rows: Tensor) -> Tensor:
     """Sum of squares per row, float32."""
     squares = rows.float().square()
     return squares.sum(tuple(range(1, rows.dim()))) if rows.dim() > 1 else squares
+
+
+class FeatureGates:
+    """Feature maps after the activation times the mask, in evaluation, on a copy of the model.
+
+    For torchvision's ResNet-50 and MobileNetV2 and for `cases.Tiny`. As published, all of the model
+    takes part in backward: `clear` throws its gradients away afterwards.
+
+    Raises:
+        ValueError: a gate whose activation is not known.
+    """
+
+    def __init__(self, model: nn.Module, layout: GroupLayout) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self._mask: Tensor | None = None
+        for gate in layout.gates:
+            for part in gate.slices:
+                if part.gated and part.tensor.endswith(".weight"):
+                    self._place(part.tensor.removesuffix(".weight"), gate.span)
+
+    def _place(self, norm: str, span: slice) -> None:
+        parent_name, _, leaf = norm.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+
+        def gated(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return output * self._mask[span].view(1, -1, *[1] * (output.dim() - 2))
+
+        if leaf in ("bn1", "bn2") and hasattr(parent, "conv3"):
+            parent.forward = types.MethodType(_bottleneck, parent)
+            # One activation module serves three places of a block.
+            parent.add_module(f"act_{leaf}", nn.ReLU(inplace=True))
+            parent.get_submodule(f"act_{leaf}").register_forward_hook(gated)
+        elif leaf == "bn1" and hasattr(parent, "relu"):
+            parent.relu.register_forward_hook(gated)
+        elif isinstance(parent, nn.Sequential) and len(parent) == 3:
+            parent.register_forward_hook(gated)
+        elif isinstance(parent, nn.Sequential) and parent[-1] is parent.get_submodule(leaf):
+            parent.register_forward_hook(gated)
+        elif leaf == "hidden":
+            # `cases.Tiny`: the activation between its two linear layers is a function.
+            parent.head.register_forward_pre_hook(
+                lambda module, args: (gated(module, (), args[0]),)
+            )
+        else:
+            raise ValueError(f"{norm}: it is not known where its feature map is gated")
+
+    def __call__(self, mask: Tensor, x: Tensor) -> Tensor:
+        """The masked model's output."""
+        self._mask = mask
+        return self.model(x)
+
+    def clear(self) -> None:
+        """Throw the gradients of the model's parameters away."""
+        for param in self.model.parameters():
+            param.grad = None
+
+
+def _bottleneck(self: nn.Module, x: Tensor) -> Tensor:
+    """torchvision's block with an activation module per place."""
+    out = self.act_bn1(self.bn1(self.conv1(x)))
+    out = self.act_bn2(self.bn2(self.conv2(out)))
+    out = self.bn3(self.conv3(out))
+    out += x if self.downsample is None else self.downsample(x)
+    return self.relu(out)

@@ -120,6 +120,24 @@ def _has_torchvision() -> bool:
     return True
 
 
+def network(name: str) -> nn.Module:
+    """The network of a case with random weights, on the CPU.
+
+    Raises:
+        KeyError: no such case.
+        RuntimeError: torchvision is missing.
+    """
+    if name == "tiny":
+        return Tiny()
+    if name not in SPECS:
+        raise KeyError(f"no case {name!r}; cases: {', '.join(NAMES)}")
+    if not _has_torchvision():
+        raise RuntimeError(f"{name}: it needs torchvision, which is missing or does not load")
+    from torchvision import models
+
+    return getattr(models, SPECS[name].torchvision)(weights=None)
+
+
 def trace(name: str) -> GroupLayout:
     """Layout of torchvision's model, scope ``inner``, without attention heads: the per-layer
     projection that is compared with knows channels that are one row.
@@ -127,12 +145,7 @@ def trace(name: str) -> GroupLayout:
     Raises:
         RuntimeError: torchvision is missing.
     """
-    if not _has_torchvision():
-        raise RuntimeError(f"{name}: tracing needs torchvision, which is missing or does not load")
-    from torchvision import models
-
-    spec = SPECS[name]
-    model = getattr(models, spec.torchvision)(weights=None).eval()
+    spec, model = SPECS[name], network(name).eval()
     heads = [n for n, m in model.named_modules() if isinstance(m, torch.nn.MultiheadAttention)]
     x = torch.zeros(2, 3, spec.pixels, spec.pixels)
     return ato.trace(model, (x,), scope="inner", ignore=heads)

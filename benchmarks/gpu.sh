@@ -14,7 +14,7 @@
 # failed, 2 nothing was run (no CUDA device, wrong usage, a package that all needs is missing).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
-parts=(build test step overhead memcheck triton racecheck bf16)
+parts=(build test step overhead memcheck triton racecheck bf16 masked shrink end2end)
 python=${PYTHON:-python3}
 LIMIT=${LIMIT:-520}
 skip=" ${SKIP:-} "
@@ -70,8 +70,9 @@ import importlib, sys
 NEED = {"torch": None, "numpy": None, "safetensors": None, "setuptools": None}
 MISS = {
     "triton": "part triton fails, compile is left out", "pytest": "part test fails",
-    "torchvision": "tests that trace its models fail", "timm": "tests of its models fail",
-    "sklearn": "tests on digits fail", "ninja": "the build is slow",
+    "torchvision": "parts shrink, end2end and tests that trace its models fail, masked is short",
+    "timm": "tests of its models fail", "sklearn": "tests on digits fail",
+    "ninja": "the build is slow",
 }
 found, lost = [f"python {sys.version.split()[0]}"], []
 for name in (*NEED, *MISS):
@@ -134,7 +135,7 @@ part build 150 env FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$a
   "$python" setup.py -q build_ext --inplace
 part test 100 "$python" -m pytest -q -m gpu -p no:cacheprovider \
   --continue-on-collection-errors tests
-part step 200 "${cuda[@]}" "${run[@]}" --dtypes fp32 --rounds 20 --seconds 160 \
+part step 160 "${cuda[@]}" "${run[@]}" --dtypes fp32 --rounds 20 --seconds 120 \
   --compile-cases resnet50 --compile-seconds 40 --json "$out/gpu-step.json"
 part overhead 40 "${cuda[@]}" "${run[@]}" --suite overhead --rounds 20 \
   --json "$out/gpu-overhead.json"
@@ -145,9 +146,16 @@ part triton 60 "${run[@]}" --backends cuda triton --cases resnet50 mobilenet_v2 
 part racecheck 70 "${sanitize[@]}" --tool racecheck "$python" -m benchmarks.sanitize
 part bf16 60 "${cuda[@]}" "${run[@]}" --dtypes bf16 --cases resnet50 vit_b_16 --masked 0 0.5 \
   --contenders fused foreach copy --rounds 20 --seconds 45 --json "$out/gpu-bf16.json"
+# Triton serves the controller's kernels, so none is forced.
+part masked 75 "${run[@]}" --suite masked --rounds 15 --seconds 60 --json "$out/gpu-masked.json"
+# Compiling the networks takes minutes; both suites do it by themselves, without --no-compile.
+part shrink 70 "${cuda[@]}" "${run[@]}" --suite shrink --no-compile --round-to 8 --rounds 15 \
+  --seconds 40 --json "$out/gpu-shrink.json"
+part end2end 80 "${run[@]}" --suite end2end --no-compile --stages 1 --rounds 10 \
+  --real-steps 0 --seconds 45 --json "$out/gpu-end2end.json"
 
 say ""
-for name in step overhead triton bf16; do
+for name in step overhead triton bf16 masked shrink end2end; do
   [[ $wanted == *" $name "* && $skip != *" $name "* && -f $out/gpu-$name.json ]] || continue
   "$python" -m benchmarks.run --show "$out/gpu-$name.json" --show-masked 0.5 2>&1 |
     tail -n +2 | tee -a "$summary"

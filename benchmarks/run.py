@@ -5,7 +5,7 @@ times it; a block whose check fails is not timed and the exit status is 1. ``--s
 the tables of files written before.
 
 A suite is a module with ``add_arguments(parser)``, ``run(options, save)`` and
-``table(result, masked)``, and one line in `SUITES`.
+``table(result, masked)``, possibly ``DEFAULT_ROUNDS`` per device, and one line in `SUITES`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ SUITES = {
     "step": "benchmarks.step",
     "overhead": "benchmarks.overhead",
     "trace": "benchmarks.tracing",
+    "masked": "benchmarks.masked",
+    "shrink": "benchmarks.shrinking",
+    "end2end": "benchmarks.end2end",
 }
 SCHEMA = 1
 ROUNDS = {"cpu": 30, "cuda": 50}
@@ -58,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
                       help="auto: traced where torchvision is installed")  # fmt: skip
     made.add_argument("--memory-format", choices=["contiguous", "channels_last"],
                       default="contiguous")  # fmt: skip
-    made.add_argument("--rounds", type=int, metavar="N", help="default: 30 on the CPU, 50 on CUDA")
+    made.add_argument("--rounds", type=int, metavar="N",
+                      help="default: 30, on CUDA 50; fewer where a call is long")  # fmt: skip
     made.add_argument("--threads", type=int, metavar="N", help="default: all torch would use")
     made.add_argument("--seconds", type=float, metavar="N", help="start no new block after N s")
     made.add_argument("--quick", action="store_true",
@@ -91,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.quick:
         options.cases = options.cases or ["tiny"]
         options.compile_cases = []
-    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS[options.device])
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else None)
     content = header(options, argv)
     begin = time.monotonic()
 
@@ -112,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
             write(options.json, content)
 
     for name in options.suite:
+        default = getattr(suite(name), "DEFAULT_ROUNDS", ROUNDS)
+        options.rounds = rounds or default[options.device]
         save(name, suite(name).run(options, lambda result, name=name: save(name, result)))
     content["complete"] = True
     if options.json:

@@ -5,8 +5,11 @@ Comparisons that are published come from `benchmarks.run`, which interleaves.
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ato_fast as ato
+from ato_fast.controller import Controller
+from ato_fast.masked import masked_bn_act
 
 from . import cases, contenders
 from .contenders import HYPER, OURS, SHRINK
@@ -80,3 +83,38 @@ def test_group_norms(benchmark, case, start):
     made = ato.SGD(cases.bare_model(start), case.layout)
     timed(benchmark, made.group_norms)
     assert made.group_norms().shape == (case.layout.n_groups,)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("route", ["ours", "eager"])
+def test_masked_bn_act(benchmark, route, memory_format):
+    """Norm, ReLU and gate of a feature map of ResNet-50, forward and backward."""
+    benchmark.group = f"masked_bn_act, 8x256x28x28, {memory_format}"
+    x = torch.randn(8, 256, 28, 28).contiguous(memory_format=memory_format).requires_grad_()
+    grad = torch.randn_like(x)
+    gate = torch.rand(256, requires_grad=True)
+    scale, shift = torch.rand(256), torch.randn(256)
+    mean, var = torch.zeros(256), torch.ones(256)
+
+    def forward():
+        if route == "ours":
+            return masked_bn_act(x, gate, scale, shift, "relu")
+        y = F.batch_norm(x, mean, var, scale, shift, False, 0.0, 0.0)
+        return torch.relu(y) * gate.view(1, -1, 1, 1)
+
+    timed(benchmark, lambda: torch.autograd.grad(forward(), (x, gate), grad))
+
+
+def test_controller(benchmark, case):
+    """Mask, its gradient and the controller's optimizer step."""
+    benchmark.group = "controller mobilenet_v2"
+    controller = Controller([gate.n for gate in case.layout.gates])
+    optimizer = controller.optimizer()
+    slope = torch.randn(controller.n_groups)
+
+    def step():
+        optimizer.zero_grad()
+        controller.sample().backward(slope)
+        optimizer.step()
+
+    timed(benchmark, step)

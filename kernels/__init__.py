@@ -1,9 +1,9 @@
 """Triton kernels, installed as ``ato_fast.kernels``; importing this registers their launchers.
 
-Kernels here read the plan tables of `ato_fast.plan` and mirror the arithmetic of
-``csrc/group_step.h``.
+The optimizer's kernels read the plan tables of `ato_fast.plan` and mirror the arithmetic of
+``csrc/group_step.h``; `masked_bn_act` and `gate_mask` serve the controller.
 """
 
-from . import group_norms, group_step
+from . import gate_mask, group_norms, group_step, masked_bn_act
 
-__all__ = ["group_norms", "group_step"]
+__all__ = ["gate_mask", "group_norms", "group_step", "masked_bn_act"]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from ato_fast import backend
 from ato_fast.controller import (
     BASE,
     INPUT_SIZE,
@@ -137,12 +138,50 @@ def test_noise_continues_after_a_round_trip():
     assert torch.equal(first.logits(), second.logits())
 
 
-def test_state_of_another_device_is_refused():
+def test_the_state_of_the_noise_is_two_integers():
+    controller = Controller([5, 6], seed=2)
+    controller.sample()
+    controller.noise()
+    assert controller.state_dict()["_extra_state"] == {"seed": 2, "draws": 2}
+
+
+def test_a_state_of_another_version_is_refused():
     controller = Controller([5])
     state = controller.state_dict()
-    state["_extra_state"]["device"] = "cuda"
-    with pytest.raises(ValueError, match="lived on 'cuda'.*lives on 'cpu'"):
+    state["_extra_state"] = {"generator": torch.zeros(16), "device": "cpu"}
+    with pytest.raises(ValueError, match="expected the noise's seed and draws, got generator, dev"):
         controller.load_state_dict(state)
+
+
+def test_one_op_draws_what_separate_calls_draw():
+    once, apart = Controller([40, 60], seed=3), Controller([40, 60], seed=3)
+    with torch.no_grad():
+        for controller in (once, apart):
+            controller.heads.mul_(60)
+    for hard in (True, False):
+        mask = once.sample(hard=hard)
+        expected = apart.sample(apart.noise(), hard=hard, logits=apart.logits())
+        torch.testing.assert_close(mask, expected)
+        weights = torch.linspace(-1, 1, 100)
+        for controller, value in ((once, mask), (apart, expected)):
+            controller.zero_grad()
+            (value * weights).sum().backward()
+        for got, wanted in zip(once.parameters(), apart.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, wanted.grad)
+    assert 0 < once.sample().mean() < 1
+    # Logits alone use up no noise.
+    once.logits()
+    assert once.draws == 3
+
+
+def test_one_seed_draws_the_same_on_every_backend(monkeypatch):
+    draws = []
+    for served in ("cpu", "reference"):
+        monkeypatch.setenv(backend.VARIABLE, served)
+        controller = Controller([7, 9], seed=11)
+        draws.append([controller.noise() for _ in range(3)])
+    for mine, theirs in zip(*draws, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_optimizer_decays_weights_only():

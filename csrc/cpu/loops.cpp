@@ -3,22 +3,7 @@
 #include <cstring>
 #include <initializer_list>
 
-// One build serves every x86-64: the loader picks the widest clone the machine has. Elsewhere, and
-// with compilers that lack the attribute's arch= levels, the plain build is what runs.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12 && !defined(ATO_NO_CLONES)
-#define ATO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ATO_CLONES
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-#define ATO_NO_ALIAS _Pragma("GCC ivdep")
-#elif defined(__clang__)
-#define ATO_NO_ALIAS _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ATO_NO_ALIAS
-#endif
+#include "vector.h"
 
 #if defined(__GNUC__)
 #define ATO_INLINE __attribute__((always_inline))
@@ -32,7 +17,6 @@ namespace ato::cpu {
 
 namespace {
 
-constexpr int64_t kLanes = 16;
 // Elements per block of an update, and how far ahead its streams are fetched: the hardware's
 // prefetchers stop at pages and lose the thread where rows end and sums begin.
 constexpr int64_t kBlock = 64;
@@ -111,23 +95,6 @@ ATO_FN void zu_body(const Coefficients c, const Span<T> s, float* z, float* u) {
     u[i] = moved.u;
   }
 }
-
-// Sums in float64 over kLanes lanes, element i in lane i % kLanes, joined pairwise at the end.
-template <int kSums>
-struct LaneSums {
-  double lanes[kSums][kLanes] = {};
-
-  ATO_FN void join(double (&sums)[kSums]) {
-    for (int k = 0; k < kSums; ++k) {
-      for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-        for (int64_t j = 0; j < width; ++j) {
-          lanes[k][j] += lanes[k][j + width];
-        }
-      }
-      sums[k] += lanes[k][0];
-    }
-  }
-};
 
 struct SquareOfZ {
   static constexpr int kSums = 1;

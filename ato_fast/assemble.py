@@ -110,8 +110,10 @@ def _unfold(walk: Walk, scope: str) -> _Classes:
                 waiting.append((fold, free))
         if len(waiting) == len(left):
             fold, free = waiting.pop(0)
-            # An axis that is free throughout, else the first that is free in part.
-            axis = max(free, key=lambda k: classes.free(fold.axes[k]).all())
+            # An axis that is free throughout, else the first that is free in part; in both cases
+            # rather one that leaves several channels.
+            axis = max(free, key=lambda k: (_several(classes, fold, k),
+                                            classes.free(fold.axes[k]).all()))  # fmt: skip
             choices.append(fold.axes[axis])
             decide(fold, axis)
         left = [fold for fold, _ in waiting]
@@ -124,32 +126,37 @@ def _unfold(walk: Walk, scope: str) -> _Classes:
     return classes
 
 
+def _several(classes: _Classes, fold: Fold, axis: int) -> bool:
+    """Whether making ``axis`` of ``fold`` smaller leaves channels that are not all one."""
+    roots, places = classes.root[fold.whole], fold.index[axis]
+    reached = roots == roots[0]
+    while True:
+        more = np.isin(roots, roots[np.isin(places, places[reached])])
+        if np.array_equal(more, reached):
+            return not reached.all()
+        reached = more
+
+
 def assemble(walk: Walk, scope: str) -> GroupLayout:
     """The layout of a walked model; gates in forward order."""
     labels = walk.labels
     walk.classes = classes = _unfold(walk, scope)
-    root, reason_of = classes.root, classes.reason_of
+    root = classes.root
     read = np.zeros(labels.n_atoms, dtype=bool)
     for atoms, _ in labels.consumed:
         read[root[atoms]] = True
     classes.forbid(np.flatnonzero(~read[root]), UNREAD)
 
-    members: dict[int, list[tuple[str, int]]] = {}
-    for key, atoms in labels.attached.items():
-        for r in np.unique(root[atoms[reason_of[root[atoms]] < 0]]).tolist():
-            members.setdefault(r, []).append(key)
-    by_signature: dict[tuple, list[int]] = {}
-    for r in sorted(members):
-        by_signature.setdefault(tuple(members[r]), []).append(r)
+    by_signature = _by_signature(labels, classes)
     for signature in [s for s, roots in by_signature.items() if len(roots) == 1]:
-        classes.forbid(np.asarray(by_signature.pop(signature)), "it has a single channel")
+        classes.forbid(by_signature.pop(signature), "it has a single channel")
 
-    gated: dict[int, set[tuple[str, int]]] = {}
+    gated: dict[tuple[str, int], list[np.ndarray]] = {}
     for atoms, pins in labels.consumed:
-        pairs = np.unique(np.stack([root[atoms], pins]), axis=1)
-        for r, pin in pairs.T.tolist():
-            if pin != NO_PIN:
-                gated.setdefault(r, set()).update(labels.pin_sets[pin])
+        for pin in np.unique(pins[pins != NO_PIN]).tolist():
+            found = root[atoms[pins == pin]]
+            for key in labels.pin_sets[pin]:
+                gated.setdefault(key, []).append(found)
 
     gates, offset, names = [], 0, set()
     group_of = np.full(labels.n_atoms, -1, dtype=np.int64)
@@ -161,7 +168,9 @@ def assemble(walk: Walk, scope: str) -> GroupLayout:
         for key in signature:
             channels = channel_of[root[labels.attached[key]]]
             role = role_of(labels, key)
-            on = role in ("row", "affine") and any(key in gated.get(r, ()) for r in roots)
+            on = role in ("row", "affine") and any(
+                (channel_of[found] >= 0).any() for found in gated.get(key, ())
+            )
             slices.append(Slice(*key, channels, role, on))
         first = next((s.tensor for s in slices if s.in_group), slices[0].tensor)
         name = base = first.rpartition(".")[0] or first
@@ -204,8 +213,25 @@ def assemble(walk: Walk, scope: str) -> GroupLayout:
         scope=scope,
         model_name=type(walk.model).__name__,
         as_graph=walk.as_graph,
-        traced=Traced(walk.program, walk.values, walk.arguments, group_of),
+        traced=Traced(walk.program, walk.values, walk.arguments, frozenset(walk.dead), group_of),
     )
+
+
+def _by_signature(
+    labels: Labels, classes: _Classes
+) -> dict[tuple[tuple[str, int], ...], np.ndarray]:
+    """Free classes that are in the same (tensor, dim)s, by those, ascending."""
+    signatures: list[tuple[tuple[str, int], ...]] = [()]
+    signature_of = np.zeros(labels.n_atoms, dtype=np.int64)
+    for key, atoms in labels.attached.items():
+        roots = np.unique(classes.root[atoms[classes.free(atoms)]])
+        known, place = np.unique(signature_of[roots], return_inverse=True)
+        signature_of[roots] = len(signatures) + place
+        signatures += [(*signatures[k], key) for k in known.tolist()]
+    return {
+        signatures[k]: np.flatnonzero(signature_of == k)
+        for k in np.unique(signature_of[signature_of > 0]).tolist()
+    }
 
 
 def refuse(walk: Walk, gate: Gate) -> None:

@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from .probe import tensors
 from .shrink import duplicate, named_tensors
 
 
@@ -60,63 +57,6 @@ def no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-class _Calls(TorchFunctionMode):
-    """Records every call of a torch function: which, on what shapes and parameters, with what."""
-
-    # These take the training flag itself, or a probability that follows it.
-    FLAGGED = frozenset(
-        {F.batch_norm, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
-         F.feature_alpha_dropout, F.scaled_dot_product_attention, torch.dropout, F.instance_norm}
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list = []
-        self.serial: dict[int, tuple] = {}
-        self.kept: list = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Record the call, then make it."""
-        kwargs = kwargs or {}
-        flagged = func in self.FLAGGED
-        seen = [self._plain(x, flagged) for x in (*args, *kwargs.values())]
-        # Batch norm in training counts its batches.
-        if func is not torch.Tensor.add_ or args[0].dim():
-            self.calls.append((func, tuple(seen)))
-        result = func(*args, **kwargs)
-        # Which call a tensor came from; kept alive, so that no other takes its id.
-        for number, tensor in enumerate(tensors(result)):
-            self.serial[id(tensor)] = (len(self.calls), number)
-            self.kept.append(tensor)
-        return result
-
-    def _plain(self, x, flagged: bool):
-        if isinstance(x, torch.Tensor):
-            if isinstance(x, nn.Parameter):
-                return id(x)
-            return self.serial.get(id(x), ("given", *x.shape))
-        if isinstance(x, tuple | list):
-            return tuple(self._plain(y, flagged) for y in x)
-        return None if flagged or not isinstance(x, int | float | str | bool) else x
-
-
-def same_in_training(model: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether ``model``, on the meta device, makes the same calls in training and evaluation.
-
-    Dropout and the statistics of batch norm aside. False where that cannot be found out.
-    """
-    calls = []
-    for training in (False, True):
-        with mode(model, training), torch.no_grad(), no_fast_path(), _Calls() as record:
-            try:
-                with torch.device("meta"):
-                    result = model(*args, **kwargs)
-            except Exception:
-                return False
-        calls.append((record.calls, [record.serial.get(id(t)) for t in tensors(result)]))
-    return calls[0] == calls[1]
 
 
 def capture(

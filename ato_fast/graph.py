@@ -6,6 +6,7 @@ the number that is kept, whatever expression of the model's Python it came from.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import nn
 from .capture import mode
 from .groups import GroupLayout
 from .labels import Value
-from .probe import difference, mapped, tensors
+from .probe import FullPrecision, difference, mapped, tensors
 from .shrink import cut_tensors, duplicate, groups_left, named_tensors, replace_tensor, zero_
 
 TOLERANCE = 1e-3
@@ -25,11 +26,16 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """What `trace` knows of the graph: its labelled values, and the group of every atom."""
+    """What `trace` knows of the graph: its labelled values, and the group of every atom.
+
+    Operations go by name, those of a region by the region's path and theirs; ``dead`` are those
+    that nothing reads.
+    """
 
     program: torch.export.ExportedProgram
     values: dict[str, object]
     arguments: dict[str, tuple]
+    dead: frozenset[str]
     group_of: np.ndarray
 
 
@@ -129,6 +135,10 @@ def shrink_graph(model: nn.Module, layout: GroupLayout, mask) -> torch.fx.GraphM
     kept = layout.kept_indices(mask)
     sizes = _Sizes(traced, layout.check_keep(mask).numpy())
     module = traced.program.module()
+    for name, part in list(module.named_children()):
+        if isinstance(part, torch.fx.GraphModule):
+            # Every module made of the program has the same regions.
+            setattr(module, name, copy.deepcopy(part))
     dense = dict(named_tensors(model))
     smaller = cut_tensors(dense, kept)
     copies: dict[int, torch.Tensor] = {}
@@ -139,20 +149,30 @@ def shrink_graph(model: nn.Module, layout: GroupLayout, mask) -> torch.fx.GraphM
                 new = smaller.get(id(old))
                 copies[id(old)] = _copy(old) if new is None else new
             replace_tensor(module, name, copies[id(old)])
-    for node in module.graph.nodes:
-        if node.op != "call_function" or node.name not in traced.arguments:
+    for path, part in module.named_modules():
+        if isinstance(part, torch.fx.GraphModule):
+            _edit(part, f"{path}." if path else "", sizes)
+    return module
+
+
+def _edit(part: torch.fx.GraphModule, path: str, sizes: _Sizes) -> None:
+    """Put the sizes after shrinking in a graph, which is the whole one or a region of it."""
+    traced = sizes.traced
+    for node in reversed(part.graph.nodes):
+        key = path + node.name
+        if key in traced.dead:
+            part.graph.erase_node(node)
+        if node.op != "call_function" or key not in traced.arguments or key in traced.dead:
             continue
         name = getattr(node.target, "_opname", "").removesuffix("_")
         if name in EDITS:
             args = [*node.args, *node.kwargs.values()]
-            inputs = traced.arguments[node.name]
-            args = EDITS[name](sizes, traced.values[node.name], args, inputs)
+            args = EDITS[name](sizes, traced.values[key], args, traced.arguments[key])
             node.args, node.kwargs = tuple(args), {}
             if EDITS[name] is _split:
                 # Parts that were equal may differ now.
                 node.target = torch.ops.aten.split_with_sizes.default
-    module.recompile()
-    return module
+    part.recompile()
 
 
 def check_graph(
@@ -163,7 +183,7 @@ def check_graph(
     zero_(zeroed, layout, mask)
     device = next(model.parameters()).device
     args, kwargs = mapped(traced.program.example_inputs, lambda x: x.to(device))
-    with torch.no_grad(), mode(zeroed, training=False):
+    with torch.no_grad(), mode(zeroed, training=False), FullPrecision(device.type):
         expected = list(tensors(zeroed(*args, **kwargs)))
         try:
             error = difference(expected, list(tensors(small(*args, **kwargs))))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .groups import Gate, GroupLayout
 from .shrink import named_tensors
@@ -36,6 +37,27 @@ def alternating_masks(layout: GroupLayout, gates: Iterable[Gate]) -> Iterator[Te
         yield mask
 
 
+class FullPrecision(TorchFunctionMode):
+    """Every operation as it is outside of ``torch.autocast``: the rounding of half precision would
+    hide what is wrong, and differs with the width.
+
+    Args:
+        device: type of the device that tensors are on.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = device if torch.amp.is_autocast_available(device) else "cpu"
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Make the call."""
+        # Exported graphs insist on the precision they were captured in.
+        if func is torch.ops.aten._assert_tensor_metadata.default:
+            return None
+        with torch.autocast(self.device, enabled=False):
+            return func(*args, **(kwargs or {}))
+
+
 def on_cpu(model: nn.Module) -> nn.Module:
     """``model`` itself on the CPU, in float32 if it was in a half precision."""
     model = model.to("cpu")
@@ -59,10 +81,10 @@ def difference(expected: list[Tensor], got: list[Tensor], floor: float = 1e-300)
     return worst
 
 
-def randomise(model: nn.Module, layout: GroupLayout) -> None:
+def randomise(model: nn.Module, layout: GroupLayout, seed: int = 0) -> None:
     """Values as after training, so that nothing hides: norms' weights and statistics random, and
     so is every parameter that holds one value throughout (zero gammas, layer scales)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     stats = {s.tensor for gate in layout.gates for s in gate.slices if s.role == "stat"}
     affine = {s.tensor for gate in layout.gates for s in gate.slices if s.role == "affine"}
     seen = set()
@@ -70,16 +92,25 @@ def randomise(model: nn.Module, layout: GroupLayout) -> None:
         if id(tensor) in seen or not tensor.is_floating_point() or not tensor.numel():
             continue
         seen.add(id(tensor))
-        flat = tensor.detach().reshape(-1)
-        parameter = isinstance(tensor, nn.Parameter)
-        constant = parameter and bool((flat == flat[0]).all())
+        statistic = name in stats and not isinstance(tensor, nn.Parameter)
+        if not (statistic or name in affine or _constant(tensor)):
+            continue
         noise = torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
         with torch.no_grad():
-            if name in stats and not parameter:
+            if statistic:
                 # Statistics, not tables: what only ever is positive stays so.
                 tensor.mul_(0.5 + noise).add_(0.1 * noise)
-            elif name in affine or constant:
+            else:
                 tensor.add_(noise - 0.5)
+
+
+def _constant(tensor: Tensor) -> bool:
+    """Whether this is a parameter of one value throughout."""
+    if not isinstance(tensor, nn.Parameter):
+        return False
+    flat = tensor.detach().reshape(-1)
+    # Nearly every other parameter shows it in its first and last entry.
+    return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
 
 
 def tensors(tree) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """From a model to its `GroupLayout`, through `torch.export`'s graph of ATen operations.
 
 The exported graphs (evaluation and training) are walked once each; `rules` says what each operation
-does to channels, `labels.py` keeps the books, and `trial.py` tries the result on a copy.
+does to channels, `labels.py` keeps the books, and `trial.py` tries the result on copies.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from .assemble import assemble, refuse
 from .capture import TraceError, check_plain
 from .groups import GroupLayout, check_widths
+from .standin import StandIn
 from .trial import Trial
 from .walk import Walk
 
@@ -88,9 +89,11 @@ def trace(
 
 def _trace(walk: Walk, scope: str) -> GroupLayout:
     walk.run(training=False)
-    trial = Trial(walk.model, walk.args, walk.kwargs)
+    # A graph takes no other batch than it was made with.
+    batch = None if walk.as_graph else walk.labels.batch
+    dense = StandIn(walk.model, walk.args, walk.kwargs, batch)
     # Training may read channels that evaluation never shows: auxiliary heads, extra outputs.
-    if trial.differs_in_training():
+    if dense.differs_in_training():
         try:
             walk.run(training=True)
         except TraceError as error:
@@ -100,6 +103,7 @@ def _trace(walk: Walk, scope: str) -> GroupLayout:
             )
             reason = f"not used in evaluation, and training mode was not captured: {error}"
             walk.labels.reasons.update(dict.fromkeys(walk.unused(), reason))
+    trial = Trial(dense)
     while True:
         layout = assemble(walk, scope)
         verdict = trial(layout)

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .capture import mode
+from .capture import check_plain, mode
 from .groups import Gate, GroupLayout
-from .probe import cpu_inputs, difference, in_dtype, nested_masks, on_cpu, randomise, tensors
+from .probe import (
+    FullPrecision,
+    cpu_inputs,
+    difference,
+    in_dtype,
+    nested_masks,
+    on_cpu,
+    randomise,
+    tensors,
+)
 from .shrink import duplicate, named_tensors, shrink, zero_
 
 OUTPUT_TOLERANCE = 1e-5
@@ -85,7 +94,18 @@ def verify(
             f"example_inputs: expected a tuple of forward arguments such as (x,), "
             f"got {type(example_inputs).__name__}"
         )
-    bench = _Bench(layout, model, cpu_inputs(tuple(example_inputs)), cpu_inputs(kwargs or {}))
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise TypeError(f"kwargs: expected a dict, got {type(kwargs).__name__}")
+    check_plain(model)
+    args = tuple(example_inputs)
+    if layout.as_graph and layout.traced is not None:
+        expected = _shapes(layout.traced.program.example_inputs)
+        if _shapes((args, kwargs or {})) != expected:
+            raise ValueError(
+                f"example_inputs: a graph takes the shapes it was traced with alone, "
+                f"expected {expected}, got {_shapes((args, kwargs or {}))}"
+            )
+    bench = _Bench(layout, model, cpu_inputs(args), cpu_inputs(kwargs or {}))
     errors = [bench.errors(mask) for mask in nested_masks(layout, layout.gates, seed)]
     output = max((e[0] for e in errors), default=0.0)
     gradient = max((e[1] for e in errors), default=0.0)
@@ -104,6 +124,16 @@ def _failure(gate: Gate, output: float, gradient: float, message: str) -> Failur
     return Failure(gate.name, cut, output, gradient, message)
 
 
+def _shapes(tree) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors(tree)) or "none"
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of what was raised."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"
+
+
 class _Bench:
     """Compares masked and shrunk copies of one model."""
 
@@ -112,23 +142,36 @@ class _Bench:
         self.model = on_cpu(duplicate(model))
         randomise(self.model, layout)
         self.message = ""
-        # In float32 a gradient turns at every ReLU that rounding puts on the other side of zero.
-        double = in_dtype((args, kwargs), torch.float64)
-        try:
-            twin = duplicate(self.model).double()
-            if not layout.as_graph:
-                self.args, self.kwargs = double
-                self.whole = []
-                self.run(twin)
-                self.model = twin
-        except RuntimeError:
-            self.args, self.kwargs = args, kwargs
+        self.whole = []
+        if not self._runs_in_double():
+            try:
+                self.run(self.model)
+            except Exception as error:
+                raise ValueError(
+                    f"example_inputs: {type(model).__name__} does not run with tensors of shape "
+                    f"{_shapes((args, kwargs))}: {first_line(error)}"
+                ) from error
         # Token inputs have no gradient; parameters that nothing is cut from have.
         cut = {s.tensor for gate in layout.gates for s in gate.slices}
         self.whole = [n for n, _ in self.model.named_parameters() if n not in cut]
         # A gradient that is zero but for rounding says nothing.
         gradients = self.run(self.model)[1]
         self.floor = 1e-6 * max((float(g.abs().max()) for g in gradients if g.numel()), default=0.0)
+
+    def _runs_in_double(self) -> bool:
+        """Go on in float64 where the model runs in it: in float32 a gradient turns at every ReLU
+        that rounding puts on the other side of zero. A graph has its precision written into it."""
+        if self.layout.as_graph:
+            return False
+        single = self.model, self.args, self.kwargs
+        try:
+            self.model = duplicate(self.model).double()
+            self.args, self.kwargs = in_dtype((self.args, self.kwargs), torch.float64)
+            self.run(self.model)
+        except Exception:
+            self.model, self.args, self.kwargs = single
+            return False
+        return True
 
     def errors(self, mask: Tensor) -> tuple[float, float]:
         """Relative errors of outputs and gradients under ``mask``."""
@@ -139,8 +182,7 @@ class _Bench:
         try:
             got = self.run(shrink(masked, self.layout, mask, as_graph=self.layout.as_graph))
         except Exception as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), "")
-            self.message = f"{type(error).__name__}: {first}"
+            self.message = first_line(error)
             return float("inf"), float("inf")
         return difference(expected[0], got[0]), difference(expected[1], got[1], self.floor)
 
@@ -160,7 +202,7 @@ class _Bench:
             named = dict(named_tensors(model))
             points = [named[name].requires_grad_() for name in self.whole]
         graph = isinstance(model, torch.fx.GraphModule)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), FullPrecision():
             torch.manual_seed(0)
             if graph:
                 outputs = list(tensors(model(*args, **kwargs)))

@@ -18,6 +18,11 @@ from .labels import Labels, Value
 from .probe import tensors
 from .shrink import named_tensors
 
+# Operations that run a graph within the graph, and leave what it computes as it is.
+REGIONS = frozenset(
+    {"higher_order::wrap_with_autocast", "higher_order::wrap_with_set_grad_enabled"}
+)
+
 
 @dataclass
 class Walk:
@@ -38,6 +43,8 @@ class Walk:
     program: torch.export.ExportedProgram | None = None
     values: dict[str, object] = field(default_factory=dict)
     arguments: dict[str, tuple] = field(default_factory=dict)
+    keys: dict[torch.fx.Node, str] = field(default_factory=dict)
+    dead: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         first: dict[int, str] = {}
@@ -120,6 +127,7 @@ class Walk:
         given = set(signature.user_inputs)
         outputs = set(signature.user_outputs)
         self.labels.counting = not training
+        self.keys.clear()
         values: dict[torch.fx.Node, object] = {}
         for node in program.graph.nodes:
             if node.op == "placeholder":
@@ -128,41 +136,73 @@ class Walk:
                 if name is not None and node.users:
                     self.used.add(name)
                 values[node] = _plain(node.meta.get("val"), name, node.name in given)
-            elif node.op == "get_attr":
-                values[node] = _plain(node.meta.get("val"))
-            elif node.op == "call_function":
-                values[node] = self.call(node, values)
-            elif node.op == "output":
-                for source in node.all_input_nodes:
-                    if source.name in outputs:
-                        for value in _flat(values[source]):
-                            self.labels.block_value(value, "reaches the model output")
+        for source in self.propagate(program.graph_module, values):
+            if source.name in outputs:
+                for value in _flat(values[source]):
+                    self.labels.block_value(value, "reaches the model output")
         if not training:
             self.program = program
-            self.values = {node.name: value for node, value in values.items()}
+            self.values = {key: values[node] for node, key in self.keys.items()}
 
-    def call(self, node: torch.fx.Node, values: dict):
-        """Value of one operation, by its rule."""
+    def propagate(
+        self, owner: torch.fx.GraphModule, values: dict, path: str = ""
+    ) -> list[torch.fx.Node]:
+        """Fill in ``values`` of a graph whose inputs have theirs; returns the nodes it puts out.
+
+        ``path`` leads from the whole graph to this one, which may be a region of it.
+        """
+        dead = _dead(owner.graph)
+        if self.labels.counting:
+            self.dead |= {path + node.name for node in dead}
+        results: list[torch.fx.Node] = []
+        for node in owner.graph.nodes:
+            if node.op == "get_attr":
+                values[node] = _plain(node.meta.get("val"))
+            elif node.op == "call_function":
+                self.keys[node] = path + node.name
+                if _name(node)[0] in REGIONS:
+                    values[node] = self.region(node, owner, values, path)
+                else:
+                    values[node] = self.call(node, values, bool(node.users) and node not in dead)
+            elif node.op == "output":
+                results = node.all_input_nodes
+        return results
+
+    def region(
+        self, node: torch.fx.Node, owner: torch.fx.GraphModule, values: dict, path: str
+    ) -> list:
+        """Values that a graph within the graph (what ``with torch.autocast`` encloses) puts out."""
+        (at,) = (k for k, x in enumerate(node.args) if getattr(x, "op", "") == "get_attr")
+        name = node.args[at].target
+        inner = owner.get_submodule(name)
+        given = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        for inside, outside in zip(given, node.args[at + 1 :], strict=True):
+            values[inside] = values[outside]
+            # One tensor under two names.
+            self.same[inside] = self.same.get(outside, outside)
+            self.names.setdefault(self.same[inside], [self.same[inside]]).append(inside)
+        self.propagate(inner, values, f"{path}{name}.")
+        (results,) = (n.args[0] for n in inner.graph.nodes if n.op == "output")
+        return [values[result] for result in results]
+
+    def call(self, node: torch.fx.Node, values: dict, read: bool):
+        """Value of one operation, by its rule; not if nothing reads it."""
         meta = node.meta.get("val")
         if node.target is operator.getitem:
             source = values[node.args[0]]
             if isinstance(source, list) and node.args[1] < len(source):
                 return source[node.args[1]]
             return _plain(meta, data=True)
-        name = getattr(node.target, "_opname", str(node.target))
-        in_place = name.endswith("_") and not name.endswith("__")
-        name = name[:-1] if in_place else name
-        if getattr(node.target, "namespace", "aten") != "aten":
-            name = f"{node.target.namespace}::{name}"
+        name, in_place = _name(node)
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
         args, kwargs = self.materialise(args), self.materialise(kwargs)
         inputs = _flat(args) + _flat(kwargs)
         if self.labels.counting:
-            self.arguments[node.name] = values_of(args)
+            self.arguments[self.keys[node]] = values_of(args)
         plain = _plain(meta, data=any(v.data for v in inputs))
-        if not node.users and not in_place:
+        if not read and not in_place:
             return plain
-        if not any(v.labelled for v in inputs) and name not in rules.CONTRACTIONS:
+        if not any(v.labelled for v in inputs) and name not in rules.UNLABELLED:
             return plain
         shapes = [v.shape for v in _flat(plain)]
         if name in rules.RULES:
@@ -226,6 +266,27 @@ class Walk:
             self.labels.block_value(before, "changed in place, and read through a view")
         if lost and _is_view(target):
             self.labels.block_value(before, "changed in place through a view")
+
+
+def _name(node: torch.fx.Node) -> tuple[str, bool]:
+    """The operation as rules call it, and whether it is in place."""
+    name = getattr(node.target, "_opname", str(node.target))
+    in_place = name.endswith("_") and not name.endswith("__")
+    name = name[:-1] if in_place else name
+    namespace = getattr(node.target, "namespace", "aten")
+    return name if namespace == "aten" else f"{namespace}::{name}", in_place
+
+
+def _dead(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Operations that make tensors which nothing reads, not even another operation that is read."""
+    dead: set[torch.fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op != "call_function" or _plain(node.meta.get("val")) is None:
+            continue
+        name, in_place = _name(node)
+        if not in_place and name not in REGIONS and dead >= {*node.users}:
+            dead.add(node)
+    return dead
 
 
 def _prefixes(name: str) -> list[str]:

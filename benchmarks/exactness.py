@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import ato_fast as ato
+from ato_fast.probe import FullPrecision
 
 OUTPUT_LIMIT = 1e-5
 GRADIENT_LIMIT = 1e-4
@@ -120,7 +121,7 @@ def compare(model: nn.Module, inputs: tuple, layout: ato.GroupLayout, mask: Tens
     with torch.no_grad():
         dense, expected = outputs(model(*inputs)), outputs(zeroed(*inputs))
         try:
-            small = ato.shrink(model, layout, mask)
+            small = ato.shrink(model, layout, mask, as_graph=layout.as_graph)
             got = outputs(_forgetful(small)(*inputs))
         except Exception as error:
             return Errors(*[float("inf")] * 4, 0.0, f"the shrunk model fails: {one_line(error)}")
@@ -144,7 +145,7 @@ def compare(model: nn.Module, inputs: tuple, layout: ato.GroupLayout, mask: Tens
 
 def _forgetful(model: nn.Module) -> nn.Module:
     """In eval mode, without tables of an earlier evaluation (timm's attention biases keep one)."""
-    return model.train().eval()
+    return model if isinstance(model, fx.GraphModule) else model.train().eval()
 
 
 def run_backward(
@@ -158,7 +159,9 @@ def run_backward(
     wanted = [x for x in points if x.requires_grad]
     if parameter is not None:
         wanted = [model.get_parameter(parameter)]
-    found = outputs(model(*points))
+    # A graph insists on the precision it was captured in.
+    with FullPrecision():
+        found = outputs(model(*points))
     generator = torch.Generator().manual_seed(0)
     loss = sum((y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in found)
     slopes = torch.autograd.grad(loss, wanted, allow_unused=True)

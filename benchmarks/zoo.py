@@ -129,7 +129,8 @@ def version(package: str) -> str | None:
 def measure(
     case: Case, scope: str, n_masks: int = MASKS, seconds: float = SECONDS
 ) -> dict[str, Any]:
-    """One row: what was traced, what is within reach, and the worst errors.
+    """One row: what was traced, what is within reach, and the worst errors; the same as a graph
+    (``graph_...``) for a network below its goal.
 
     ``status`` is ``exact``; ``none``: traced, and no gate offered; ``wrong``: a cut is not exact;
     ``crash``: an exception, whose message is in ``reason``, or more than ``seconds``; ``skipped``.
@@ -183,21 +184,44 @@ def _measure(case: Case, scope: str, n_masks: int, row: dict[str, Any]) -> None:
     row["n_unprunable"], row["n_parameters"] = len(layout.unprunable), len(layout.parameters)
     row["reasons"] = reasons(layout)
     row["status"] = "exact" if layout.gates else "none"
-    if not layout.gates:
-        return
+    graph = None
+    if scope == "all" and row["macs_frac"] < zoo_report.GOALS.get(case.kind, 0.0):
+        graph = ato.trace(model, inputs, scope=scope, as_graph=True)
+        row["graph_macs_frac"] = graph.coverage().macs
     randomise(model)
+    if graph is not None and graph.gates:
+        errors, reason = _compare(model, inputs, graph, n_masks)
+        row |= {f"graph_{key}": value for key, value in errors.items()}
+        if reason:
+            row |= {"status": "wrong", "reason": f"as a graph: {reason}"}
+    if layout.gates:
+        errors, reason = _compare(model, inputs, layout, n_masks)
+        row |= errors
+        if reason:
+            row |= {"status": "wrong", "reason": reason}
+
+
+def _compare(
+    model: torch.nn.Module, inputs: tuple, layout: ato.GroupLayout, n_masks: int
+) -> tuple[dict[str, float], str]:
+    """The worst errors over random masks, and what is wrong, in words."""
     found = [compare(model, inputs, layout, random_mask(layout, seed)) for seed in range(n_masks)]
-    row["output_error"] = max(e.output for e in found)
-    row["output_error_float64"] = max(e.output_float64 for e in found)
-    row["gradient_error"] = max(e.gradient for e in found)
-    row["change"] = min(e.change for e in found)
+    errors = {
+        "output_error": max(e.output for e in found),
+        "output_error_float64": max(e.output_float64 for e in found),
+        "gradient_error": max(e.gradient for e in found),
+        "change": min(e.change for e in found),
+    }
     problems = [e.problem for e in found if e.problem]
-    if not problems and row["change"] < CHANGE:
-        problems = [f"a mask changes the output by {row['change']:.1e} only, which shows nothing"]
+    if not problems and errors["change"] < CHANGE:
+        problems = [
+            f"a mask changes the output by {errors['change']:.1e} only, which shows nothing"
+        ]
     if not problems and not all(e.slope for e in found):
         problems = ["no gradient comes through the zeroed model, which shows nothing"]
-    if problems or not all(e.exact for e in found):
-        row |= {"status": "wrong", "reason": problems[0] if problems else "not the same function"}
+    if not problems and not all(e.exact for e in found):
+        problems = ["not the same function"]
+    return errors, problems[0] if problems else ""
 
 
 def reasons(layout: ato.GroupLayout, most: int = 4) -> list[list[Any]]:

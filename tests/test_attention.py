@@ -30,8 +30,10 @@ class Grouped(nn.Module):
         q = self.q(x).view(b, n, self.heads, self.size).transpose(1, 2)
         k = self.k(x).view(b, n, self.kv_heads, self.size).transpose(1, 2)
         v = self.v(x).view(b, n, self.kv_heads, self.size).transpose(1, 2)
-        if self.how == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        if self.how.startswith("sdpa"):
+            mask = (torch.arange(n) < n - 1).expand(b, self.heads, n, n)
+            mask = mask if self.how.endswith("masked") else None
+            y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         else:
             k, v = (z.repeat_interleave(self.heads // self.kv_heads, 1) for z in (k, v))
             if self.how == "einsum":
@@ -42,7 +44,7 @@ class Grouped(nn.Module):
         return self.o(y.transpose(1, 2).reshape(b, n, -1))
 
 
-@pytest.mark.parametrize("how", ["sdpa", "matmul", "einsum"])
+@pytest.mark.parametrize("how", ["sdpa", "sdpa masked", "matmul", "einsum"])
 def test_query_heads_go_with_their_keys_and_values(how, tmp_path):
     model = Grouped(how).eval()
     layout = ato.trace(model, (T,))
@@ -55,6 +57,8 @@ def test_query_heads_go_with_their_keys_and_values(how, tmp_path):
     ato.zero_(model, layout, mask)
     small = ato.shrink(model, layout, mask)
     assert (small.heads, small.kv_heads, small.size) == (3, 1, 4)
+    graph = ato.shrink(model, layout, mask, as_graph=True)
+    torch.testing.assert_close(graph(T), small(T), rtol=1e-5, atol=1e-6)
     ato.save(small, tmp_path)
     assert json.loads((tmp_path / "recipe.json").read_text())["attributes"] == {
         "heads": 3, "kv_heads": 1
@@ -141,3 +145,85 @@ def test_the_subclass_takes_unbatched_inputs():
     multihead.convert(twin)
     for a, b in zip(layer(T[0], T[0], T[0]), twin(T[0], T[0], T[0]), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 1, enable_nested_tensor=False
+        )
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x, padding, causal=True):
+        hidden = nn.Transformer.generate_square_subsequent_mask(5).to(x) if causal else None
+        return self.out(self.layers(x, hidden, padding, is_causal=causal))
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(16, 4, 24, batch_first=True)
+        self.layers, self.out = nn.TransformerDecoder(layer, 1), nn.Linear(16, 3)
+
+    def forward(self, x, memory, padding, memory_padding):
+        causal = nn.Transformer.generate_square_subsequent_mask(5).to(x)
+        return self.out(self.layers(
+            x, memory, causal, tgt_key_padding_mask=padding, tgt_is_causal=True,
+            memory_key_padding_mask=memory_padding, memory_is_causal=False,
+        ))  # fmt: skip
+
+
+class Masked(nn.Module):
+    def __init__(self, need_weights):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.out, self.need_weights = nn.Linear(16, 3), need_weights
+
+    def forward(self, x, mask, padding):
+        y, _ = self.attention(x, x, x, padding, self.need_weights, mask)
+        return self.out(y)
+
+
+PADDING = torch.zeros(2, 5).masked_fill(torch.arange(10).view(2, 5) > 7, -torch.inf)
+HIDDEN = torch.randn(5, 5, generator=torch.Generator().manual_seed(2))
+MASKED = {
+    "encoder": (Encoder, (T, PADDING)),
+    "encoder, bool": (Encoder, (T, PADDING < 0, False)),
+    "decoder": (Decoder, (T, T.flip(1), PADDING, torch.zeros(2, 5))),
+    "padding": (lambda: Masked(False), (T, None, PADDING)),
+    "both": (lambda: Masked(False), (T, HIDDEN, PADDING)),
+    "both, weights": (lambda: Masked(True), (T, HIDDEN, PADDING)),
+    "weights": (lambda: Masked(True), (T, None, None)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("scope", ["inner", "all"])
+def test_masked_attention_loses_heads_as_a_module_and_as_a_graph(name, scope):
+    """A mask that is expanded to one for every head follows their number."""
+    build, inputs = MASKED[name]
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    layout = ato.trace(model, inputs, scope=scope)
+    heads = [gate for gate in layout if gate.n == 4]
+    assert len(heads) == (2 if name == "decoder" else 1)
+    assert layout.verify(model, inputs).ok
+    mask = random_mask(layout, 1)
+    dense = model(*inputs)
+    ato.zero_(model, layout, mask)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        expected = model(*inputs)
+        for as_graph in (False, True):
+            small = ato.shrink(model, layout, mask, as_graph=as_graph)
+            assert sum(p.numel() for p in small.parameters()) == layout.params(mask)
+            assert (small(*inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert (expected - dense).abs().max() > 1e-3
+    for gate in heads:
+        assert mask[gate.span].sum() < 4

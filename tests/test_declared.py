@@ -57,24 +57,50 @@ def test_a_rule_of_ones_own(model):
     assert_exact(model, layout)
 
 
-def test_rules_of_the_library_stay():
-    with pytest.raises(ValueError, match="rule: 'conv2d' already has a rule"):
-        ato.rule("conv2d")(lambda *args: None)
+@pytest.mark.parametrize("replace", [False, True])
+def test_rules_of_the_library_stay(replace):
+    with pytest.raises(ValueError, match="rule: 'conv2d' already has a rule of the library's own"):
+        ato.rule("conv2d", replace=replace)
+
+
+def test_a_second_rule_has_to_say_so(model):
+    try:
+        ato.rule("ato_tests::double")(lambda labels, shapes, x: x.without_pins("a guess"))
+        with pytest.raises(ValueError, match="already has a rule; replace=True replaces it"):
+            ato.rule("ato_tests::double")
+        assert "a guess" in reason(ato.trace(model, (X,)), "parts.a.0.weight")
+        ato.rule("ato_tests::double", replace=True)(lambda labels, shapes, x: x)
+        assert gates_of(ato.trace(model, (X,))) == {"parts.a.0": 8}
+    finally:
+        del rules.RULES["ato_tests::double"]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("reluu", "did you mean 'relu'"),
+        ("relu_", "did you mean 'relu'"),
+        ("aten::relu", "did you mean 'relu'"),
+        ("relu.default", "did you mean 'relu'"),
+        ("nothing_like_this_at_all", "ATen has none like it"),
+        ("ato_tests::dubble", "register or import it before its rule"),
+    ],
+)
+def test_a_rule_for_nothing(name, hint):
+    with pytest.raises(ValueError, match=f"rule: no operation is called '{name}'; {hint}"):
+        ato.rule(name)
+    assert name not in rules.RULES
 
 
 def test_a_wrong_rule_is_found_out(model):
     """It says that channels stay where they are, but the operation reverses them."""
-
-    @ato.rule("flip_placeholder")
-    def _(labels, shapes, x):
-        return x
 
     @torch.library.custom_op("ato_tests::turn", mutates_args=())
     def turn(x: torch.Tensor) -> torch.Tensor:
         return x.flip(1)
 
     turn.register_fake(torch.empty_like)
-    ato.rule("ato_tests::turn")(rules.RULES.pop("flip_placeholder"))
+    ato.rule("ato_tests::turn")(lambda labels, shapes, x: x)
     wrong = Forward(
         lambda m, x: m["c"](turn(m["a"](x))).mean((2, 3)),
         a=conv_bn_relu(3, 8), c=nn.Conv2d(8, 4, 1),
@@ -190,5 +216,26 @@ def test_verify_names_what_fails():
     bad = layout.verify(model, (X,))
     assert not bad.ok and [f.gate for f in bad.failures] == ["b.0"]
     assert "c.weight dim 1 (input)" in str(bad)
-    with pytest.raises(TypeError, match="example_inputs: expected a tuple"):
-        layout.verify(model, X)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"example_inputs": X}, TypeError, "example_inputs: expected a tuple"),
+        ({"example_inputs": ()}, ValueError, "example_inputs: Hard does not run .* of shape none"),
+        ({"example_inputs": (X[:, :2],)}, ValueError, r"run with tensors of shape \(2, 2, 8, 8\)"),
+        ({"example_inputs": (X, X)}, ValueError, "example_inputs: Hard does not run .* TypeError"),
+        ({"example_inputs": (X,), "kwargs": [1]}, TypeError, "kwargs: expected a dict, got list"),
+        ({"example_inputs": (X,), "model": 5}, TypeError, "model: expected a torch.nn.Module"),
+    ],
+)
+def test_verify_with_wrong_inputs(arguments, error, words):
+    layout = ato.trace(Hard(), (X,))
+    with pytest.raises(error, match=words):
+        layout.verify(**{"model": Hard(), **arguments})
+
+
+def test_a_graph_is_verified_at_its_own_shapes():
+    layout = ato.trace(Hard(), (X,), as_graph=True)
+    with pytest.raises(ValueError, match=r"traced with alone, expected \(2, 3, 8, 8\), got \(1, 3"):
+        layout.verify(Hard(), (X[:1],))

@@ -15,7 +15,7 @@ from torch import nn
 
 import ato_fast as ato
 from ato_fast.gates import Gates
-from benchmarks import zoo, zoo_models
+from benchmarks import zoo, zoo_models, zoo_report
 from benchmarks.exactness import CHANGE, compare, outputs, random_mask, randomise, relative_error
 from nets import Plain
 
@@ -192,6 +192,49 @@ def test_command_records_failures_and_goes_on(tmp_path, monkeypatch, capsys):
     assert zoo.main(["--only", "own:audio*", "--scope", "inner", "--masks", "1"]) == 0
     with pytest.raises(SystemExit, match="2"):
         zoo.main(["--only", "nothing"])
+
+
+class Written(nn.Module):
+    """Its first layer's width is written into the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 32, 1), nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu().view(-1, 8, 4, 4)).relu().mean((2, 3)))
+
+
+def test_a_network_below_its_goal_is_also_measured_as_a_graph():
+    case = zoo_models.Case("own:written", "cnn", Written, lambda: (torch.randn(2, 3, 6, 6),))
+    row = zoo.measure(case, "all", 1)
+    assert row["status"] == "exact"
+    assert row["macs_frac"] < 0.9 and row["graph_macs_frac"] == 1.0
+    assert row["graph_output_error"] <= 1e-5 and row["graph_gradient_error"] <= 1e-12
+    assert row["graph_change"] > CHANGE
+    for other in (dataclasses.replace(case, kind="other"), zoo_models.case("own:audio_m5")):
+        assert "graph_macs_frac" not in zoo.measure(other, "all", 1)
+    page = zoo_report.markdown(
+        {"cases": [row], "complete": True, "scope": "all", "masks": 1, "commit": None,
+         "limits": {"output": 1, "gradient": 1}, "command": ["x"], "wall_s": 1, "versions": {},
+         "machine": {"processor": "one", "threads": 1}}
+    )  # fmt: skip
+    assert "With `as_graph=True` 1 of 1." in page
+    share = f"{row['macs_frac']:.1%}"
+    assert f"| {share} | 100.0% |" in page
+
+
+def test_a_wrong_graph_is_seen(monkeypatch):
+    original = zoo.compare
+
+    def compare(model, inputs, layout, mask):
+        errors = original(model, inputs, layout, mask)
+        return dataclasses.replace(errors, output=1.0) if layout.as_graph else errors
+
+    monkeypatch.setattr(zoo, "compare", compare)
+    case = zoo_models.Case("own:written", "cnn", Written, lambda: (torch.randn(2, 3, 6, 6),))
+    row = zoo.measure(case, "all", 1)
+    assert (row["status"], row["reason"]) == ("wrong", "as a graph: not the same function")
 
 
 def test_a_case_that_takes_too_long_is_a_crash():

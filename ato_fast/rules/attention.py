@@ -24,6 +24,9 @@ def _attention(
         grouped = (*query.shape[:-3], kv, query.shape[-3] // kv, *query.shape[-2:])
         query = reshape(labels, query, grouped)
         lead = [*lead, "shared"]
+        if isinstance(mask, Value) and len(mask.shape) > 2:
+            heads = grouped[-4:-2] if mask.shape[-3] > 1 else (1, 1)
+            mask = reshape(labels, mask, (*mask.shape[:-3], *heads, *mask.shape[-2:]))
     logits_shape = (*query.shape[:-1], key.shape[-2])
     logits = contract(
         labels, "attention", ((query, [*lead, "n", "d"]), (key, [*shared, "m", "d"])),
@@ -33,7 +36,7 @@ def _attention(
         for d in mask.labelled:
             from_end = len(mask.shape) - d
             place = len(logits_shape) - from_end
-            if lead == shared and place >= 0 and from_end > 2:
+            if place >= 0 and from_end > 2:
                 labels.join(logits.atoms[place], mask.atoms[d])
             else:
                 labels.block(mask.atoms[d], "an attention mask over positions")

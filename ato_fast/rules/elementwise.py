@@ -140,8 +140,10 @@ def pairwise(labels: Labels, out, a: Value, b: Value, name: str, product: bool) 
         if x is None and y is None:
             continue
         if x is not None and y is not None:
+            # What is never zero with its channels, such as a mask, is no other branch.
+            zero = all((v.pins[d] >= 0).any() for v in (a, b))
             labels.join(x, y, f"{name} with channels that are fixed",
-                        residual=not product and a.data and b.data)  # fmt: skip
+                        residual=not product and a.data and b.data and zero)  # fmt: skip
             for value in (a, b):
                 if not value.data:
                     labels.own(value.pins[d], "affine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -94,6 +95,12 @@ def _expand(labels: Labels, out, x: Value, other=None, *args, **kwargs) -> Value
     missing = len(out[0]) - len(x.shape)
     dims = [None] * missing + list(range(len(x.shape)))
     result = x.reshaped(out[0], dims)
+    if not x.labelled and not isinstance(other, Value):
+        # A mask, say: as many copies as what they line up with, the batch aside.
+        for d, n in enumerate(out[0]):
+            if d and n > 1 and (d < missing or x.shape[d - missing] == 1):
+                result = result.with_dim(d, labels.fresh(n), np.full(n, NO_PIN))
+        return replace(result, lost="copies of one value")
     if isinstance(other, Value):
         for d in other.labelled:
             if result.atoms[d] is None:

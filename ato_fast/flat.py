@@ -110,7 +110,8 @@ class FlatParameters:
                 raise RuntimeError(
                     f"{name}: it no longer lives in the optimizer's flat buffer (expected address "
                     f"{address:#x}, got {param.data_ptr():#x}); model.to(), p.data = ... or "
-                    "another optimizer moved it. Make the optimizer after the last such call"
+                    "another optimizer moved it, or shrink_ without optimizer= cut it. Make the "
+                    "optimizer after the last such call"
                 )
         for owner, key, param in self._homes:
             if owner.get(key) is not param:

@@ -77,8 +77,8 @@ def shrink_(
         TypeError: an ``ema`` that is no module, an optimizer that wraps another one.
         RuntimeError: DistributedDataParallel over another process group than the default one.
     """
-    network = plain(model)
     averages = check_cuttable(model, layout, ema)
+    network = plain(model)
     keep = layout.check_keep(mask)
     check_zero(network, layout, keep)
     kept = layout.kept_indices(keep)
@@ -123,6 +123,12 @@ def check_cuttable(
     Raises:
         TypeError, ValueError, RuntimeError: as `shrink_`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if ema is not None and not isinstance(ema, (nn.Module, list, tuple)):
+        raise TypeError(
+            f"ema: expected a torch.nn.Module or a list of them, got {type(ema).__name__}"
+        )
     network = plain(model)
     check_model(network, layout)
     if layout.as_graph:

@@ -123,6 +123,7 @@ def test_a_model_compiled_in_place_stays_compiled():
     ("changes", "error", "words"),
     [
         ({"evaluate": 0.5}, TypeError, "evaluate: expected a function of the model, got 0.5"),
+        ({"ema": 3}, TypeError, "ema: expected a torch.nn.Module or a list of them, got int"),
         ({"ema": ["model"]}, TypeError, "ema: expected torch.nn.Modules, got a str"),
         ({"ema": nn.Linear(2, 2)}, ValueError, "ema: layout: not this model's"),
     ],
@@ -189,6 +190,11 @@ class TestNothingIsHalfCut:
         twins = SGD(copy.deepcopy(model), layout)
         refused(model, ValueError, "another model's parameters", layout, mask, optimizer=twins)
         assert twins.layout is layout
+
+    def test_arguments_in_the_wrong_order(self, made):
+        model, _, layout, mask = made
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got GroupLayout"):
+            ato.shrink_(layout, model, mask)
 
     def test_the_same_average_twice(self, made):
         model, _, layout, mask = made

@@ -214,12 +214,13 @@ class ATO:
         if cut or (t == steps.zero_by and not paper):
             # What is due next changes at every cut, done or not.
             changed = self._finish_due(t, cut) or not paper
-        with self._clock.measure("projection"):
-            if t == steps.freeze:
-                if not paper:
+        if t == steps.freeze:
+            if not paper:
+                with self._clock.measure("controller"):
                     self.mask = self.ranks.first_mask(self.search.frozen_mask(measured=True))
-                self.frozen = changed = True
-            elif steps.controller_start <= t < steps.freeze:
+            self.frozen = changed = True
+        with self._clock.measure("projection"):
+            if steps.controller_start <= t < steps.freeze:
                 if t % self.schedule.steps_per_epoch == 0:
                     self.mask = self.search.draw()
                     changed = True
@@ -330,7 +331,7 @@ class ATO:
 
         Args:
             evaluate: ``module -> float``, e.g. validation accuracy; the small network's is
-                ``report["accuracy"]``.
+                ``report["accuracy"]``. Default: the run's ``evaluate``.
 
         Raises:
             RuntimeError: the mask is not frozen yet, or the small network computes something else.
@@ -340,7 +341,7 @@ class ATO:
                 f"finish: the mask is not frozen yet: {self._step} steps done, the freeze is at "
                 f"step {self.schedule.steps.freeze}"
             )
-        return finish(self, evaluate)
+        return finish(self, evaluate or self.evaluate)
 
     def state_dict(self) -> dict:
         """All state of the run except the model's own, in tensors, numbers, strings and lists.

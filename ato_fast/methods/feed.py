@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 
 def hold_out(dataset: Dataset, fraction: float = 0.05, seed: int = 0) -> tuple[Subset, Subset]:
@@ -22,7 +22,10 @@ def hold_out(dataset: Dataset, fraction: float = 0.05, seed: int = 0) -> tuple[S
 
     Raises:
         ValueError: fraction out of range, or fewer than two examples.
+        TypeError: a DataLoader.
     """
+    if isinstance(dataset, DataLoader):
+        raise TypeError("dataset: expected a dataset, got a DataLoader; pass loader.dataset")
     n = len(dataset)
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: expected a share in (0, 1), got {fraction}")

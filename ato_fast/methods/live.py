@@ -67,8 +67,8 @@ class Live:
         self.model = model
         self.full = layout
         self.optimizer = optimizer
+        check_cuttable(model, layout, ema)
         self.ema = [ema] if isinstance(ema, nn.Module) else list(ema or ())
-        check_cuttable(model, layout, self.ema)
         self.alive = torch.ones(layout.n_groups, dtype=torch.bool)
         """Bool CPU ``[n_groups]`` of the traced layout."""
 

@@ -59,7 +59,8 @@ def _arguments(run: ATO) -> dict:
 def restore(run: ATO, state: dict) -> None:
     """See `ATO.load_state_dict`."""
     if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-        raise ValueError(f"state: expected an ATO run's, of version {STATE_VERSION}")
+        got = state.get("version") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"state: expected an ATO run's, of version {STATE_VERSION}, got {got!r}")
     if state["layout"] != run.layout.sha256:
         raise ValueError(
             "state: it belongs to another layout: another model, width or scope; resume with "

@@ -68,6 +68,7 @@ def write_outcome(job: Job, run: ATO, tell: Callable[[str], None]) -> dict[str, 
     _check_reload(job, result, partial, test, score)
     mask = {"mask": result.mask.to(torch.uint8)}
     save_file(mask, partial / "mask.safetensors", metadata={"layout_sha256": result.layout.sha256})
+    (partial / "mask.safetensors").chmod(0o644)
     content = _content(job, run, result, score, error)
     plots.draw(partial / "report.png", content, result.report["widths"], content["history"])
     (partial / RESULT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

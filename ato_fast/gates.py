@@ -3,16 +3,16 @@
 Published: the feature map after the activation is multiplied channel by channel by the mask. Two
 routes to that, neither of which reads, writes or saves an activation for it:
 
-* **Fused**, where a batch norm with a gate runs, in evaluation: `masked_bn_act` computes norm,
-  activation and gate in one pass, and norms without a gate go into the weights of the convolution
+* **Fused** (with ``fused=True``), where a batch norm with a gate runs, in evaluation:
+  `masked_bn_act` computes norm, activation and gate in one pass, and norms without a gate go into the weights of the convolution
   before them (`deferred.py` says how that is found out while the model runs). The gate is where it
   is published, for every activation that op knows; for others it is before the activation.
 * **Affine**, everywhere else (no batch norm, compiled models, no gradient wanted): the tensor that
   feeds the activation is scaled through the last affine before it, the norm's weight and bias or
   the producing layer's rows. For a positively homogeneous activation, ``f(w a) = w f(a)`` for
   ``w >= 0`` (ReLU, leaky ReLU, PReLU, identity), this is equal in value and gradient. For others
-  (ReLU6, SiLU, GELU) the gate acts *before* the activation: value and gradient at ``w = 1`` and
-  the value at ``w = 0`` need only ``f(0) = 0``; in between the two differ.
+  (ReLU6, SiLU, GELU) the gate acts *before* the activation: the values at ``w = 1`` and
+  ``w = 0`` need only ``f(0) = 0``; in between, and in the gradient, the two differ.
 
 Both scale the same tensors, so a norm the fused route does not see gets the affine one.
 
@@ -67,14 +67,17 @@ class Gates:
     Args:
         model: the model of the layout.
         layout: its slices with ``gated=True`` say what a mask entry scales.
-        fused: whether norms with a gate may take the fused route.
+        fused: whether norms with a gate may take the fused route. Off by default: it takes
+            operations apart while the model runs, and a model whose own `autograd.Function` runs a
+            convolution or a norm (a reentrant checkpoint, an in-place function) can get wrong
+            gradients from it without an error.
 
     Raises:
         ValueError: a gate that no slice carries, or a gated tensor that is no parameter of the
             model.
     """
 
-    def __init__(self, model: nn.Module, layout: GroupLayout, *, fused: bool = True) -> None:
+    def __init__(self, model: nn.Module, layout: GroupLayout, *, fused: bool = False) -> None:
         self.model = model
         self.layout = layout
         self.fused = fused

@@ -2,7 +2,8 @@
 
 * ``step``: controller, masked forward, cross-entropy, backward to the controller's parameters and
   its optimizer step. *published* gates feature maps and runs all of backward; *affine* scales
-  weights (``Gates(fused=False)``); *ours* is `ato_fast.gates.Gates`. All three use our controller.
+  weights (`ato_fast.gates.Gates`, the default); *ours* is ``Gates(fused=True)``. All three use our
+  controller.
 * ``controller``: the same without the model: what the search itself costs (GRU included).
 * ``kernel``: `masked_bn_act` forward and backward against batch norm, activation and product in
   eager PyTorch and under `torch.compile`, and against copies of the bytes it must move.
@@ -131,8 +132,8 @@ def _step(name: str, device: torch.device, options: argparse.Namespace) -> dict[
     feature = FeatureGates(model, case.layout)
     routes = {
         "published": lambda mask: feature(mask, x),
-        "affine": lambda mask: Gates(model, case.layout, fused=False)(mask, lambda m: m(x)),
-        "ours": lambda mask: Gates(model, case.layout)(mask, lambda m: m(x)),
+        "affine": lambda mask: Gates(model, case.layout)(mask, lambda m: m(x)),
+        "ours": lambda mask: Gates(model, case.layout, fused=True)(mask, lambda m: m(x)),
     }
     _check(routes, case.layout.n_groups, y, relu6="mobilenet" in name)
     feature.clear()

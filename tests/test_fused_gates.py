@@ -49,7 +49,7 @@ MASK = torch.tensor([1, 0, 0.5, 1, 0, 0.2, 0.9, 1], dtype=torch.float64)
 def outcome(model, layout, fn=lambda m: m(X), mask=MASK, **options):
     """Output and gradient of the mask."""
     mask = mask.clone().requires_grad_()
-    output = Gates(model, layout, **options)(mask, fn)
+    output = Gates(model, layout, **{"fused": True, **options})(mask, fn)
     weights = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view(output.shape)
     return output.detach(), torch.autograd.grad((output * weights).sum(), mask)[0]
 
@@ -104,7 +104,7 @@ def test_whole_networks_equal_gates_on_feature_maps(name, dtype):
     mask[layout.gates[0].n :][::3] = 0
     results = []
     feature = FeatureGates(model, layout)
-    for route in (feature, lambda mask, x: Gates(model, layout)(mask, lambda m: m(x))):
+    for route in (feature, lambda mask, x: Gates(model, layout, fused=True)(mask, lambda m: m(x))):
         leaf = mask.clone().requires_grad_()
         output = route(leaf, x)
         F.cross_entropy(output, torch.tensor([1, 2])).backward()
@@ -119,8 +119,8 @@ def test_whole_networks_equal_gates_on_feature_maps(name, dtype):
 def test_without_a_gradient_wanted_nothing_is_put_together(calls):
     model, layout = made(Net())
     with torch.no_grad():
-        Gates(model, layout)(MASK.clone().requires_grad_(), lambda m: m(X))
-    Gates(model, layout)(MASK > 0, lambda m: m(X))
+        Gates(model, layout, fused=True)(MASK.clone().requires_grad_(), lambda m: m(X))
+    Gates(model, layout, fused=True)(MASK > 0, lambda m: m(X))
     outcome(model, layout, fused=False)
     assert calls == []
 

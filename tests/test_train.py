@@ -137,13 +137,16 @@ def result(n_gates=3, dense_accuracy=0.9):
     small = {**network, "macs": 1_000_000, "latency_ms": 1.0, "bytes": 2000}
     widths = [{"gate": f"layer{i}.conv", "before": 64, "after": 1 + i % 64} for i in range(n_gates)]
     phases = ["warmup"] * 2 + ["search"] * 2 + ["project", "zeroing", "finetune"]
-    ato = [{"epoch": i + 1, "accuracy": 0.8 + i / 100, "phase": p, "macs_frac": 1 - i / 14}
+    ato = [{"epoch": i + 1, "accuracy": 0.8 + i / 100, "phase": p, "macs_frac": 1 - i / 14,
+            "network_macs_frac": 1 - i / 20, "kept": [64 - i] * n_gates}
            for i, p in enumerate(phases)]  # fmt: skip
     return {
         "model": "m", "data": "d", "epochs": 7, "seed": 0,
         "dense": {**network, "accuracy": dense_accuracy, "wall_s": wall}, "small": small,
-        "budget": {"kind": "macs", "target": 1_000_100, "achieved": 1_000_000},
-        "overhead_frac": {"controller": 0.1, "projection": 0.02}, "equality_rel_err": 1e-7,
+        "budget": {"kind": "macs", "target": 1_000_100, "achieved": 1_000_000,
+                   "measured": None},
+        "overhead_frac": {"controller": 0.1, "projection": 0.02, "cutting": 0.01},
+        "cuts": [{}] * 3, "equality_rel_err": 1e-7,
         "latency_input": [64, 1, 8, 8], "machine": {"threads": 2, "device": "CPU"},
         "widths": widths, "history": {"dense": ato if wall else [], "ato": ato},
     }  # fmt: skip
@@ -156,7 +159,7 @@ def test_the_picture_is_drawn_for_any_network(tmp_path, n_gates, dense):
     content = result(n_gates, dense)
     plots.draw(tmp_path / "p.png", content, content["widths"], content["history"])
     with Image.open(tmp_path / "p.png") as image:
-        assert image.size == (1430, 962)
+        assert image.size == (1430, 1430)
         colours = image.convert("RGB").resize((143, 96)).getcolors(143 * 96)
         assert len(colours) > 100
 
@@ -167,7 +170,13 @@ def test_the_table_shows_both_networks():
     assert "2.000 M" in text and "1.000 M" in text and "50.0%" in text
     assert "2.00 MiB" in text and "2.0 KiB" in text
     assert "2.00 (1.50 to 2.50) ms" in text and "12.5 s" in text and "80.0%" in text
-    assert "10.0% was the controller's, 2.0% the projection's" in text
+    assert "10.0% was the controller's, 2.0% the projection's, 1.0% the cuts' (3)" in text
+
+
+def test_the_table_shows_a_measured_budget():
+    content = result()
+    content["budget"] = {"kind": "latency", "target": 2.5, "achieved": 2.25, "measured": {}}
+    assert "latency <= 2.5 ms, measured 2.25 ms at the freeze" in closing_table(content)
 
 
 def test_the_table_without_a_dense_twin_leaves_gaps():

@@ -4,9 +4,10 @@ Published: the feature map after the activation is multiplied channel by channel
 routes to that, neither of which reads, writes or saves an activation for it:
 
 * **Fused** (with ``fused=True``), where a batch norm with a gate runs, in evaluation:
-  `masked_bn_act` computes norm, activation and gate in one pass, and norms without a gate go into the weights of the convolution
-  before them (`deferred.py` says how that is found out while the model runs). The gate is where it
-  is published, for every activation that op knows; for others it is before the activation.
+  `masked_bn_act` computes norm, activation and gate in one pass, and norms without a gate go into
+  the weights of the convolution before them (`deferred.py` says how that is found out while the
+  model runs). The gate is where it is published, for every activation that op knows; for others it
+  is before the activation.
 * **Affine**, everywhere else (no batch norm, compiled models, no gradient wanted): the tensor that
   feeds the activation is scaled through the last affine before it, the norm's weight and bias or
   the producing layer's rows. For a positively homogeneous activation, ``f(w a) = w f(a)`` for

@@ -276,6 +276,12 @@ class Fusion(TorchFunctionMode):
             made = self._convolution(func, *args, **kwargs)
         return func(*args, **kwargs) if made is None else made
 
+    def __exit__(self, *exception):
+        """Compute what is still pending, with the tensors of this call."""
+        super().__exit__(*exception)
+        if exception[0] is None:
+            self.flush()
+
     def flush(self) -> None:
         """Compute what is pending and can still be asked for."""
         latest = self._latest()

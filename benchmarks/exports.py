@@ -31,7 +31,7 @@ from ato_fast.train import machine
 
 from .exactness import one_line, randomise
 from .run import write
-from .zoo import SECONDS, OutOfTime, time_limit, version
+from .zoo import SECONDS, OutOfTime, parser, time_limit, version
 from .zoo_models import CASES, Case
 
 FORMATS = ("onnx", "torch-export")
@@ -41,16 +41,7 @@ HEADING = "## Every convolutional network of the zoo"
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 1 if a network fails that should not, 2 for wrong usage."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.exports",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--only", nargs="+", default=["*"], metavar="GLOB")
-    made.add_argument("--seconds", type=float, default=SECONDS, metavar="N", help="for one network")
-    made.add_argument("--json", type=Path, metavar="FILE")
-    made.add_argument("--markdown", type=Path, metavar="FILE")
-    made.add_argument("--show", type=Path, metavar="FILE")
+    made = parser("exports", __doc__)
     options = made.parse_args(argv)
     if options.show:
         content = json.loads(options.show.read_text())

@@ -53,20 +53,26 @@ class OutOfTime(BaseException):
     """A case takes too long; no `Exception`, which what is interrupted might take for an answer."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 1 if a case crashed or was not exact, 2 for wrong usage."""
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """What the commands that go through the zoo have in common."""
     made = argparse.ArgumentParser(
-        prog="python -m benchmarks.zoo",
-        description=__doc__,
+        prog=f"python -m benchmarks.{name}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--only", nargs="+", default=["*"], metavar="GLOB")
-    made.add_argument("--scope", choices=["all", "inner"], default="all")
-    made.add_argument("--masks", type=int, default=MASKS, metavar="N")
-    made.add_argument("--seconds", type=float, default=SECONDS, metavar="N", help="for one case")
+    made.add_argument("--seconds", type=float, default=SECONDS, metavar="N", help="for one network")
     made.add_argument("--json", type=Path, metavar="FILE")
     made.add_argument("--markdown", type=Path, metavar="FILE")
     made.add_argument("--show", type=Path, metavar="FILE")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 1 if a case crashed or was not exact, 2 for wrong usage."""
+    made = parser("zoo", __doc__)
+    made.add_argument("--scope", choices=["all", "inner"], default="all")
+    made.add_argument("--masks", type=int, default=MASKS, metavar="N")
     options = made.parse_args(argv)
     if options.show:
         content = json.loads(options.show.read_text())

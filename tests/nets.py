@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import ato_fast as ato
 from ato_fast.groups import Gate, GroupLayout, MacTerm, Slice
 
 
@@ -110,3 +111,10 @@ def chain_layout(widths=(8, 12, 6), size=(16, 4, 1)):
         parameters=tuple(parameters),
         mac_terms=tuple(terms),
     )
+
+
+def shrunk_residual(x: torch.Tensor) -> nn.Module:
+    """`Residual` in eval mode without about half of its groups."""
+    model = randomise_norms(Residual()).eval()
+    layout = ato.trace(model, (x,), scope="all")
+    return ato.shrink(model, layout, random_mask(layout))

@@ -8,16 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import ato_fast as ato
-from nets import Plain, Residual, conv_bn_relu, random_mask, randomise_norms
+from nets import Plain, Residual, conv_bn_relu, random_mask, randomise_norms, shrunk_residual
 
 X = torch.randn(2, 3, 8, 8)
 
 
 @pytest.fixture
 def small():
-    model = randomise_norms(Residual()).eval()
-    layout = ato.trace(model, (X,), scope="all")
-    return ato.shrink(model, layout, random_mask(layout))
+    return shrunk_residual(X)
 
 
 def test_round_trip_is_bit_exact(small, tmp_path):

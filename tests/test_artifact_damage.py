@@ -10,16 +10,14 @@ import pytest
 import torch
 
 import ato_fast as ato
-from nets import Residual, random_mask, randomise_norms
+from nets import Residual, shrunk_residual
 
 X = torch.randn(2, 3, 8, 8)
 
 
 @pytest.fixture
 def small():
-    model = randomise_norms(Residual()).eval()
-    layout = ato.trace(model, (X,), scope="all")
-    return ato.shrink(model, layout, random_mask(layout))
+    return shrunk_residual(X)
 
 
 def test_files_of_two_folders_do_not_mix(small, tmp_path):

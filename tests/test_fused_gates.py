@@ -3,6 +3,8 @@
 Every network is compared with gates on its feature maps, or with the affine route.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -301,3 +303,19 @@ def test_less_memory_is_kept_than_on_the_affine_route():
             Gates(model, layout, fused=fused)(mask, lambda m: m(X))
         sizes[fused] = sum(kept.values())
     assert sizes[True] < sizes[False]
+
+
+def test_what_escapes_the_call_has_the_weights_of_the_call():
+    """Held by an object that nobody looks into, and asked for after the weights have changed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    layout = trace(model, (x,))
+    expected = model(x).detach()
+    mask = torch.ones(layout.n_groups, requires_grad=True)
+    held = Gates(model, layout, fused=True)(mask, lambda m: SimpleNamespace(y=m(x)))
+    with torch.no_grad():
+        model[3].weight.add_(1)
+    torch.testing.assert_close(held.y.detach() + 0, expected, rtol=1e-4, atol=1e-5)

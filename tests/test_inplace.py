@@ -234,25 +234,6 @@ class TestReferencesKeepWorking:
             assert close(model(x).detach(), compiled(x).detach())
         step(compiled, optimizer, x)
 
-    def test_a_compiled_model_stays_compiled_however_often_it_is_cut(self):
-        model, x, layout, _, optimizer = self.cut()
-        compilations = []
-
-        def backend(graph, inputs):
-            compilations.append(tuple(x.shape for x in inputs))
-            return graph
-
-        compiled = torch.compile(model, backend=backend)
-        gate = layout.gates[1]
-        for _ in range(gate.n - 2):
-            n = len(compilations)
-            step(compiled, optimizer, x)
-            assert len(compilations) > n
-            mask = torch.ones(layout.n_groups, dtype=torch.bool)
-            mask[layout.gates[1].offset] = False
-            ato.zero_(model, layout, mask)
-            layout = ato.shrink_(compiled, layout, mask, optimizer=optimizer)
-
     def test_distributed_data_parallel(self):
         run_on_two_ranks("ddp_shrink.py")
 

@@ -103,20 +103,28 @@ def test_a_cut_inside_autocast(layout, dtype):
         assert (model(x) - zeroed).abs().max() <= 3e-2 * zeroed.abs().max()
 
 
-def test_a_model_compiled_in_place_stays_compiled():
+@pytest.mark.parametrize("in_place", [False, True], ids=["wrapper", "in place"])
+def test_a_compiled_model_stays_compiled_however_often_it_is_cut(in_place):
     model, x = plain()
     layout = ato.trace(model, (x[:2],))
     optimizer = SGD(model, layout)
     compilations = []
-    model.compile(backend=lambda graph, inputs: (compilations.append(1), graph)[1])
+
+    def backend(graph, inputs):
+        compilations.append(1)
+        return graph
+
+    called = model if in_place else torch.compile(model, backend=backend)
+    if in_place:
+        model.compile(backend=backend)
     for _ in range(layout.gates[1].n - 2):
         n = len(compilations)
-        step(model, optimizer, x)
+        step(called, optimizer, x)
         assert len(compilations) > n
         mask = torch.ones(layout.n_groups, dtype=torch.bool)
         mask[layout.gates[1].offset] = False
         ato.zero_(model, layout, mask)
-        layout = ato.shrink_(model, layout, mask, optimizer=optimizer)
+        layout = ato.shrink_(called, layout, mask, optimizer=optimizer)
 
 
 @pytest.mark.parametrize(

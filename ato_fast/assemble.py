@@ -213,6 +213,11 @@ def assemble(walk: Walk, scope: str) -> GroupLayout:
         scope=scope,
         model_name=type(walk.model).__name__,
         as_graph=walk.as_graph,
+        followers={
+            weight: name
+            for weight, (name, *more) in walk.followers.items()
+            if weight is not None and name is not None and not more
+        },
         traced=Traced(walk.program, walk.values, walk.arguments, frozenset(walk.dead), group_of),
     )
 

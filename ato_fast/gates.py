@@ -3,19 +3,16 @@
 Published: the feature map after the activation is multiplied channel by channel by the mask. Two
 routes to that, neither of which reads, writes or saves an activation for it:
 
-* **Fused** (with ``fused=True``), where a batch norm with a gate runs, in evaluation:
-  `masked_bn_act` computes norm, activation and gate in one pass, and norms without a gate go into
-  the weights of the convolution before them (`deferred.py` says how that is found out while the
-  model runs). The gate is where it is published, for every activation that op knows; for others it
-  is before the activation.
-* **Affine**, everywhere else (no batch norm, compiled models, no gradient wanted): the tensor that
-  feeds the activation is scaled through the last affine before it, the norm's weight and bias or
-  the producing layer's rows. For a positively homogeneous activation, ``f(w a) = w f(a)`` for
-  ``w >= 0`` (ReLU, leaky ReLU, PReLU, identity), this is equal in value and gradient. For others
-  (ReLU6, SiLU, GELU) the gate acts *before* the activation: the values at ``w = 1`` and
-  ``w = 0`` need only ``f(0) = 0``; in between, and in the gradient, the two differ.
-
-Both scale the same tensors, so a norm the fused route does not see gets the affine one.
+* **Fused**, in `Gates.value_and_grad`, where the traced graph has a gated batch norm whose output
+  one activation reads: `masked_bn_act` computes norm, activation and gate in one pass, and norms
+  without a gate go into the weights of the convolution before them (`fused.py`). The gate is where
+  it is published, for every activation that op knows.
+* **Affine**, everywhere else (another activation, no batch norm, models with hooks or compiled
+  parts): the tensor that feeds the activation is scaled through the last affine before it, the
+  norm's weight and bias or the producing layer's rows. For a positively homogeneous activation,
+  ``f(w a) = w f(a)`` for ``w >= 0`` (ReLU, leaky ReLU, PReLU, identity), this is equal in value and
+  gradient. For others (ReLU6, SiLU, GELU) the gate acts *before* the activation: the values at
+  ``w = 1`` and ``w = 0`` need only ``f(0) = 0``; in between, and in the gradient, the two differ.
 
 At ``w = 0`` exactly ReLU has no slope, so on the affine route a dropped group would get no gradient
 and could never come back. A mask that needs a gradient is therefore lifted there from 0 to a power
@@ -27,8 +24,10 @@ function that is evaluated.)
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
-from .deferred import Fusion, Site, computed
+from .fused import Folded, Fused, Gated, Norm
 from .groups import GroupLayout
-from .masked import affines
+from .masked import ACTIVATIONS, affines
 
 _FLOOR = {
     torch.float64: 2.0**-60,
@@ -67,21 +67,19 @@ class Gates:
 
     Args:
         model: the model of the layout.
-        layout: its slices with ``gated=True`` say what a mask entry scales.
-        fused: whether norms with a gate may take the fused route. Off by default: it takes
-            operations apart while the model runs, and a model whose own `autograd.Function` runs a
-            convolution or a norm (a reentrant checkpoint, an in-place function) can get wrong
-            gradients from it without an error.
+        layout: its slices with ``gated=True`` say what a mask entry scales, its ``followers``
+            which layers may take the fused route.
 
     Raises:
         ValueError: a gate that no slice carries, or a gated tensor that is no parameter of the
             model.
     """
 
-    def __init__(self, model: nn.Module, layout: GroupLayout, *, fused: bool = False) -> None:
+    def __init__(self, model: nn.Module, layout: GroupLayout) -> None:
         self.model = model
         self.layout = layout
-        self.fused = fused
+        if not layout.gates:
+            raise ValueError("layout: expected at least one gate, got none")
         bare = [g.name for g in layout.gates if not any(s.gated for s in g.slices)]
         if bare:
             raise ValueError(f"layout: no slice is gated for gate {', '.join(bare)}")
@@ -103,18 +101,17 @@ class Gates:
         self._vectors = [t for (t, _), _ in entries if known[t].dim() == 1]
         self._rows = [(t, d) for (t, d), _ in entries if known[t].dim() > 1]
         self._sizes = [len(groups) for _, groups in entries]
-        # Equal for vectors whose entries belong to the same groups, as a norm's weight and bias.
-        seen: dict[bytes, int] = {}
-        self._kinds = [seen.setdefault(groups.tobytes(), len(seen)) for _, groups in entries][
-            : len(self._vectors)
-        ]
-        flat = np.concatenate([groups for _, groups in entries])
-        self._index = torch.from_numpy(flat)
-        self._norms = [
-            (prefix, module)
-            for prefix, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
-        ]
+        self._index = torch.from_numpy(np.concatenate([groups for _, groups in entries]))
+        self._fusable = {
+            weight: follower
+            for weight, follower in layout.followers.items()
+            if _is_fusable(model, weight, follower, index)
+        }
+        """By the weight of a layer: its follower, as in ``layout.followers``."""
+        self.unfit: set[str] = set()
+        """Of these layers, those that were found not to be used as their graph says."""
+        # Of folded weights: fresh memory of their size costs more than what is written to it.
+        self._memory: dict[str, Tensor] = {}
 
     def _factors(self, mask: Tensor) -> Tensor:
         """The mask's entry for every entry of the gated tensors, one after the other."""
@@ -136,30 +133,79 @@ class Gates:
             tensors[name] = tensors[name] * factor.to(tensors[name].dtype).view(shape)
         return tensors
 
-    def _fusion(
-        self, plain: dict[str, Tensor], tensors: dict[str, Tensor], factors: Tensor, lifted: Tensor
-    ) -> Fusion:
-        """What the fused route has to know of gated vectors and of norms."""
-        gates = zip(factors.split(self._sizes), lifted.split(self._sizes), strict=True)
-        sites = {
-            id(tensors[name]): Site(plain[name], *gate, kind)
-            for name, gate, kind in zip(self._vectors, gates, self._kinds, strict=False)
-        }
+    def _plain(self) -> dict[str, Tensor]:
+        """Every parameter without its gradient, by the first of its names."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def _layers(
+        self,
+        names: AbstractSet[str],
+        plain: dict[str, Tensor],
+        tensors: dict[str, Tensor],
+        factors: Tensor,
+        memory: dict[str, Tensor],
+    ) -> Iterator[Gated | Folded]:
+        """What to put together, with this call's tensors."""
+        gates = dict(zip(self._vectors, factors.split(self._sizes), strict=False))
+        own = dict(self.model.named_parameters())
         norms = []
-        for prefix, module in self._norms:
-            names = [f"{prefix}.{name}" for name in ("weight", "bias")]
-            statistics = (module.running_mean, module.running_var)
-            given = (*statistics, *map(tensors.get, names))
-            key = (*map(id, given), module.eps)
-            norms.append((key, *statistics, *map(plain.get, names), module.eps))
-        return Fusion(sites, {key: affine for key, *affine in affines(norms)})
+        for name in names:
+            weight = name if name in gates else self._fusable[name]
+            module, bias = self.model.get_submodule(_owner(weight)), _bias(weight)
+            statistics = module.running_mean, module.running_var
+            norm = Norm(statistics, (tensors[weight], tensors.get(bias)), module.eps)
+            parts = own[weight], own.get(bias), own[name], own.get(_bias(name))
+            key = name, norm, parts
+            norms.append((key, *statistics, plain[weight], plain.get(bias), module.eps))
+        for (name, norm, parts), scale, shift in affines(norms):
+            if name in gates:
+                constants = gates[name].to(scale.dtype), scale, shift
+                yield Gated(name, norm, parts, self._fusable[name], constants)
+                continue
+            weight, bias = plain[name], plain.get(_bias(name))
+            shift = shift if bias is None else bias * scale + shift
+            folded = memory.get(name)
+            if folded is None or folded.device != weight.device or folded.dtype != weight.dtype:
+                folded = memory[name] = torch.empty_like(weight)
+            torch.mul(weight, scale.view(-1, *[1] * (weight.dim() - 1)), out=folded)
+            yield Folded(name, norm, parts, (weight, bias), (folded, shift.to(weight.dtype)))
+
+    def _checked(self, mask: Tensor) -> Tensor:
+        """The mask as floats on the model's device."""
+        if tuple(mask.shape) != (self.layout.n_groups,):
+            raise ValueError(
+                f"mask: expected shape ({self.layout.n_groups},), one entry per group, "
+                f"got {tuple(mask.shape)}"
+            )
+        first = next(self.model.parameters())
+        mask = mask.to(first.device)
+        return mask if mask.is_floating_point() else mask.to(first.dtype)
+
+    def _lifted(self, factors: Tensor) -> Tensor:
+        """The same with a slope where they are 0."""
+        floor = _floor(next(self.model.parameters()))
+        return factors + (factors.clamp_min(floor) - factors).detach()
+
+    def _evaluate(self, tensors: dict[str, Tensor], fn: Callable[[nn.Module], Any]) -> Any:
+        """``fn(model)`` with these parameters, in eval mode."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        swapped = {f"model.{name}": tensors[first] for name, first in _names(self.model)}
+        try:
+            self.model.eval()
+            # It would find tied tensors itself, but not put them back in a module of two names.
+            return functional_call(_Closure(self.model, fn), swapped, (), tie_weights=False)
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def __call__(self, mask: Tensor, fn: Callable[[nn.Module], Any]) -> Any:
-        """``fn(model)`` with the model masked and in eval mode.
+        """``fn(model)`` with the model masked and in eval mode, by the affine route.
 
         Differentiable with respect to ``mask`` only: parameters are detached, no ``.grad`` is
         touched, running statistics stay as they are, and the training flag of every submodule is
-        what it was, also if ``fn`` raises.
+        what it was, also if ``fn`` raises. A backward pass after the call must not run parts of the
+        model again (activation checkpointing does): it would find it without its mask. Use
+        `value_and_grad` there.
 
         Args:
             mask: ``[n_groups]``, bool or float in [0, 1].
@@ -168,40 +214,168 @@ class Gates:
         Raises:
             ValueError: a mask of the wrong size.
         """
-        if tuple(mask.shape) != (self.layout.n_groups,):
-            raise ValueError(
-                f"mask: expected shape ({self.layout.n_groups},), one entry per group, "
-                f"got {tuple(mask.shape)}"
-            )
-        first = next(self.model.parameters())
-        mask = mask.to(first.device)
-        if not mask.is_floating_point():
-            mask = mask.to(first.dtype)
+        mask = self._checked(mask)
         factors = self._factors(mask)
-        differentiable = mask.requires_grad and torch.is_grad_enabled()
-        lifted = factors
-        if differentiable:
-            lifted = factors + (factors.clamp_min(_floor(first)) - factors).detach()
-        plain = {name: p.detach() for name, p in self.model.named_parameters()}
-        tensors = self._scaled(plain, lifted)
-        modes = [(module, module.training) for module in self.model.modules()]
-        fusion = contextlib.nullcontext()
-        if self.fused and differentiable and not any(_compiled(module) for module, _ in modes):
-            fusion = self._fusion(plain, tensors, factors, lifted)
-        swapped = {f"model.{name}": t for name, t in tensors.items()}
+        if mask.requires_grad and torch.is_grad_enabled():
+            factors = self._lifted(factors)
+        plain = self._plain()
+        return self._evaluate(self._scaled(plain, factors), fn)
+
+    def value_and_grad(
+        self, mask: Tensor, fn: Callable[[nn.Module], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """``fn(model)`` as `__call__` has it, and its gradient with respect to the mask.
+
+        By the fused route where that is possible. Where a model is found not to do what its graph
+        says, or fails, ``fn`` is called again, with torch's, NumPy's and Python's random numbers as
+        before, and that part of the model takes the affine route from then on (`unfit`).
+
+        Args:
+            mask: ``[n_groups]``, bool or float in [0, 1].
+            fn: gets the model, returns a scalar tensor that depends on it.
+
+        Returns:
+            The value, detached, and the gradient, ``[n_groups]`` in the mask's dtype (the model's
+            for a bool mask) on the model's device.
+
+        Raises:
+            ValueError: a mask of the wrong size; a value that is no scalar or does not depend on
+                the mask; called under ``torch.inference_mode``.
+        """
+        mask = self._checked(mask).detach()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("value_and_grad: there are no gradients under torch.inference_mode")
+        while True:
+            names = frozenset()
+            if not _watched(self.model):
+                names = self._fusable.keys() - self.unfit
+            restore = _random_numbers(mask.device) if names else None
+            try:
+                unfit, *outcome = self._attempt(mask, fn, names)
+            except Exception:
+                if not names:
+                    raise
+                # One of the model's own comes again.
+                restore()
+                _, *outcome = self._attempt(mask, fn, frozenset())
+                unfit = names
+            self.unfit |= unfit
+            if outcome:
+                return tuple(outcome)
+            restore()
+
+    def _attempt(
+        self, mask: Tensor, fn: Callable[[nn.Module], Tensor], names: AbstractSet[str]
+    ) -> tuple[AbstractSet[str], Tensor, Tensor] | tuple[AbstractSet[str]]:
+        """Value and gradient, with layers of these names fused; or those of them that are unfit."""
+        memory, self._memory = self._memory, {}
         try:
-            self.model.eval()
-            with fusion:
-                result = functional_call(_Closure(self.model, fn), swapped, ())
-            return computed(result)
+            with torch.enable_grad():
+                leaf = mask.clone().requires_grad_()
+                factors = self._lifted(self._factors(leaf))
+                plain = self._plain()
+                tensors = self._scaled(plain, factors)
+                layers = self._layers(names, plain, tensors, factors, memory)
+                fused = Fused(layers) if names else None
+
+                def run(model: nn.Module) -> tuple:
+                    value = _loss(fn(model))
+                    unfit = fused.unfit(value) if fused else frozenset()
+                    if unfit:
+                        return (unfit,)
+                    # Here, while the model is masked: checkpointing runs parts of it again.
+                    return unfit, value.detach(), _gradient(value, leaf)
+
+                with fused or nullcontext():
+                    return self._evaluate(tensors, run)
         finally:
-            for module, training in modes:
-                module.training = training
+            self._memory = memory
 
 
-def _compiled(module: nn.Module) -> bool:
-    """Whether torch.compile replaced the module's calls."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+def _loss(value: Any) -> Tensor:
+    """``value``, checked."""
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"fn: expected a scalar tensor, got {got}")
+    return value
+
+
+def _gradient(value: Tensor, mask: Tensor) -> Tensor:
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, mask, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "fn: expected a value with a gradient for the mask, got one that does not depend on it "
+            "(computed under torch.no_grad or checkpoint(use_reentrant=True), detached, or without "
+            "the model)"
+        )
+    return gradient
+
+
+def _names(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """A name for every place that holds a parameter, and the parameter's first name."""
+    first: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{prefix}.{name}" if prefix else name
+                yield name, first.setdefault(id(parameter), name)
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _bias(weight: str) -> str:
+    return f"{_owner(weight)}.bias"
+
+
+def _is_fusable(
+    model: nn.Module, weight: str, follower: str, index: dict[tuple[str, int], np.ndarray]
+) -> bool:
+    """Whether a gate scales a norm as a whole, or neither a convolution nor the norm after it."""
+    gated = {tensor: groups for (tensor, _), groups in index.items()}
+    folds = follower not in ACTIVATIONS
+    known = dict(model.named_parameters())
+    if weight not in known or (folds and follower not in known):
+        return False
+    norm = model.get_submodule(_owner(follower if folds else weight))
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        return False
+    if folds:
+        return gated.keys().isdisjoint({weight, _bias(weight), follower, _bias(follower)})
+    if weight not in gated or norm.bias is None:
+        return weight in gated
+    return np.array_equal(gated[weight], gated.get(_bias(weight)))
+
+
+def _watched(model: nn.Module) -> bool:
+    """Whether somebody may look between a norm and its activation, or replaces their calls."""
+    return _has_any_global_hook() or any(
+        hasattr(m, "_orig_mod")
+        or getattr(m, "_compiled_call_impl", None) is not None
+        or m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        for m in model.modules()
+    )
+
+
+def _random_numbers(device: torch.device) -> Callable[[], None]:
+    """Restores the state that the generators of Python, NumPy and torch have now."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return restore
 
 
 def _floor(parameter: Tensor) -> float:

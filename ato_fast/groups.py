@@ -127,6 +127,8 @@ class GroupLayout:
         mac_terms: multiply-adds of the whole model as products of kept channel counts.
         scope: ``inner`` or ``all``.
         as_graph: some gates shrink only as a graph (``shrink(..., as_graph=True)``).
+        followers: what alone reads a layer's output. By the weight of a batch norm, an activation
+            (its name in `masked.ACTIVATIONS`); by a convolution's, the weight of a batch norm.
         traced: what shrinking as a graph needs, in the process that traced; None elsewhere.
         min_channels, round_to: what `widths` allows whoever chooses a mask: at least so many
             channels of every gate, and a multiple.
@@ -144,6 +146,7 @@ class GroupLayout:
     scope: str = "inner"
     model_name: str = "model"
     as_graph: bool = False
+    followers: Mapping[str, str] = field(default_factory=dict, repr=False)
     traced: object = field(default=None, repr=False)
     min_channels: int = 1
     round_to: int = 1

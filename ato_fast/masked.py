@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backend
 
@@ -77,6 +78,8 @@ def masked_bn_act(
                 f"{name}: expected [{x.shape[1]}] of {_wide(x)} on {x.device}, "
                 f"got {list(value.shape)} of {value.dtype} on {value.device}"
             )
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in (x, gate)):
+        raise ValueError("x and gate: expected no forward-mode tangents, which are not offered")
     _refuse_gradients(scale.requires_grad, shift.requires_grad, torch.is_grad_enabled())
     return torch.ops.ato_fast.masked_bn_act(x, gate, scale, shift, ACTIVATIONS.index(activation))
 
@@ -171,11 +174,25 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dgate, None, None, None
 
 
-def _no_second_order(ctx, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "masked_bn_act: gradients of its gradients are not offered (create_graph=True was used "
-        "and differentiated again)"
-    )
+def _setup_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_gradients(ctx, of_dx: Tensor | None, of_dgate: Tensor | None):
+    """Gradients of gradients, through the formulas; of any order."""
+    saved, again = ctx.saved_tensors, torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that what is differentiated again keeps its history.
+        variables = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+                     for t in saved[:3]]  # fmt: skip
+        results = masked_bn_act_backward_ref(*variables, *saved[3:], 0, ctx.activation)
+        given = [(r, g) for r, g in zip(results, (of_dx, of_dgate), strict=True) if g is not None]
+        outputs, slopes = zip(*given, strict=True)
+        gradients = torch.autograd.grad(
+            outputs, variables, slopes, create_graph=again, materialize_grads=True
+        )
+    return *gradients, None, None, None
 
 
 _EXPLICIT = "CompositeExplicitAutograd"
@@ -184,7 +201,9 @@ torch.library.impl("ato_fast::masked_bn_act_backward", _EXPLICIT)(_backward)
 torch.library.register_fake("ato_fast::masked_bn_act")(_forward_fake)
 torch.library.register_fake("ato_fast::masked_bn_act_backward")(_backward_fake)
 torch.library.register_autograd("ato_fast::masked_bn_act", _gradients, setup_context=_setup)
-torch.library.register_autograd("ato_fast::masked_bn_act_backward", _no_second_order)
+torch.library.register_autograd(
+    "ato_fast::masked_bn_act_backward", _second_gradients, setup_context=_setup_backward
+)
 
 
 def activated(z: Tensor, activation: int) -> Tensor:

@@ -23,6 +23,9 @@ REGIONS = frozenset(
     {"higher_order::wrap_with_autocast", "higher_order::wrap_with_set_grad_enabled"}
 )
 
+LAYERS = frozenset({"batch_norm", "conv1d", "conv2d", "conv3d"})
+"""Operations whose followers are noted; their second argument is their weight."""
+
 
 @dataclass
 class Walk:
@@ -45,6 +48,8 @@ class Walk:
     arguments: dict[str, tuple] = field(default_factory=dict)
     keys: dict[torch.fx.Node, str] = field(default_factory=dict)
     dead: set[str] = field(default_factory=set)
+    followers: dict[str, set[str | None]] = field(default_factory=dict)
+    """By the weight of a convolution or norm: what alone reads its outputs (`_follower`)."""
 
     def __post_init__(self) -> None:
         first: dict[int, str] = {}
@@ -160,6 +165,9 @@ class Walk:
                 values[node] = _plain(node.meta.get("val"))
             elif node.op == "call_function":
                 self.keys[node] = path + node.name
+                if self.labels.counting and _name(node)[0] in LAYERS:
+                    weight = _tensor(node.args[1], values)
+                    self.followers.setdefault(weight, set()).add(_follower(node, values))
                 if _name(node)[0] in REGIONS:
                     values[node] = self.region(node, owner, values, path)
                 else:
@@ -275,6 +283,31 @@ def _name(node: torch.fx.Node) -> tuple[str, bool]:
     name = name[:-1] if in_place else name
     namespace = getattr(node.target, "namespace", "aten")
     return name if namespace == "aten" else f"{namespace}::{name}", in_place
+
+
+def _tensor(node: torch.fx.Node | None, values: dict) -> str | None:
+    """Name of the parameter or buffer that a node reads straight from the model."""
+    return getattr(values.get(node), "tensor", None)
+
+
+def _follower(node: torch.fx.Node, values: dict) -> str | None:
+    """What alone reads a layer: see `GroupLayout.followers`; None for others."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    given = [*user.args, *user.kwargs.values()]
+    if given[0] is not node:
+        return None
+    match _name(node)[0], _name(user)[0], given[1:]:
+        case "batch_norm", "relu" | "relu6" | "silu" | "hardswish" as name, []:
+            return name
+        case "batch_norm", "hardtanh", [0, 6]:
+            return "relu6"
+        case "batch_norm", "gelu", [] | ["none"]:
+            return "gelu"
+        case _, "batch_norm", [weight, *_]:
+            return _tensor(weight, values)
+    return None
 
 
 def _dead(graph: torch.fx.Graph) -> set[torch.fx.Node]:

@@ -102,8 +102,8 @@ def load(name: str, source: str = "auto") -> Case:
         raise KeyError(f"no case {name!r}; cases: {', '.join(NAMES)}")
     if source == "stored" or (source == "auto" and not _has_torchvision()):
         return Case(name, read_layout(name), "stored")
-    layout = trace(name)
-    if layout.sha256 != read_layout(name).sha256:
+    layout, stored = trace(name), read_layout(name)
+    if (layout.sha256, layout.followers) != (stored.sha256, stored.followers):
         raise RuntimeError(
             f"{name}: tracing finds other groups than {FOLDER / name}.json says; if that is meant, "
             "run python -m benchmarks.cases --write"
@@ -178,6 +178,7 @@ def layout_to_json(layout: GroupLayout) -> dict:
             }
             for gate in layout.gates
         ],
+        "followers": dict(layout.followers),
     }
 
 
@@ -200,6 +201,7 @@ def layout_from_json(data: Mapping) -> GroupLayout:
         mac_terms=(),
         scope=data["scope"],
         model_name=data["model_name"],
+        followers=data["followers"],
     )
 
 

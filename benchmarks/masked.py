@@ -1,9 +1,9 @@
 """Suite ``masked``: the controller's step, its parts, and the kernel it rests on.
 
 * ``step``: controller, masked forward, cross-entropy, backward to the controller's parameters and
-  its optimizer step. *published* gates feature maps and runs all of backward; *affine* scales
-  weights (`ato_fast.gates.Gates`, the default); *ours* is ``Gates(fused=True)``. All three use our
-  controller.
+  its optimizer step. *published* gates feature maps and runs all of backward; *ours* is what a run
+  does (`ato_fast.gates.Gates.value_and_grad`); *affine* scales weights everywhere (``Gates()``).
+  All three use our controller.
 * ``controller``: the same without the model: what the search itself costs (GRU included).
 * ``kernel``: `masked_bn_act` forward and backward against batch norm, activation and product in
   eager PyTorch and under `torch.compile`, and against copies of the bytes it must move.
@@ -129,23 +129,25 @@ def _step(name: str, device: torch.device, options: argparse.Namespace) -> dict[
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     x = torch.randn(batch, 3, pixels, pixels, device=device).to(memory_format=layout_of)
     y = torch.randint(5, (batch,), device=device)
-    feature = FeatureGates(model, case.layout)
+    feature, gates = FeatureGates(model, case.layout), Gates(model, case.layout)
     routes = {
-        "published": lambda mask: feature(mask, x),
-        "affine": lambda mask: Gates(model, case.layout)(mask, lambda m: m(x)),
-        "ours": lambda mask: Gates(model, case.layout, fused=True)(mask, lambda m: m(x)),
+        "published": lambda mask, task: task(feature(mask, x)).backward(),
+        "affine": lambda mask, task: gates(mask, lambda m: task(m(x))).backward(),
+        "ours": lambda mask, task: mask.backward(
+            gates.value_and_grad(mask, lambda m: task(m(x)))[1]
+        ),
     }
     _check(routes, case.layout.n_groups, y, relu6="mobilenet" in name)
     feature.clear()
     widths = [gate.n for gate in case.layout.gates]
 
-    def stepper(route: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+    def stepper(route: Callable) -> Callable[[], object]:
         controller = Controller(widths, device=device)
         optimizer = controller.optimizer()
 
         def step() -> None:
             optimizer.zero_grad()
-            F.cross_entropy(route(controller.sample()), y).backward()
+            route(controller.sample(), lambda output: F.cross_entropy(output, y))
             optimizer.step()
             feature.clear()
 
@@ -164,7 +166,7 @@ def _step(name: str, device: torch.device, options: argparse.Namespace) -> dict[
 
 
 def _check(routes: dict[str, Callable], n_groups: int, y: Tensor, relu6: bool) -> None:
-    """Every route gives the published output and gradient.
+    """Every route gives the published output and gradient of the mask.
 
     At no mask entry of 0, where max pooling has ties and a subgradient is a matter of taste.
 
@@ -174,10 +176,14 @@ def _check(routes: dict[str, Callable], n_groups: int, y: Tensor, relu6: bool) -
     results = {}
     soft = torch.linspace(0.1, 1, 7, device=y.device).repeat(n_groups // 7 + 1)[:n_groups]
     for name, route in routes.items():
-        mask = soft.clone().requires_grad_()
-        output = route(mask)
-        F.cross_entropy(output, y).backward()
-        results[name] = (output.detach(), mask.grad)
+        mask, outputs = soft.clone().requires_grad_(), []
+
+        def task(output: Tensor, outputs=outputs) -> Tensor:
+            outputs.append(output.detach())
+            return F.cross_entropy(output, y)
+
+        route(mask, task)
+        results[name] = (outputs[-1], mask.grad)
     output, gradient = results["published"]
     for name, (mine, slope) in results.items():
         off = float((mine - output).abs().max() / output.abs().max())
@@ -200,7 +206,7 @@ def _memory(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         mask = torch.ones(n_groups, device=device, requires_grad=True)
-        F.cross_entropy(route(mask), y).backward()
+        route(mask, lambda output: F.cross_entropy(output, y))
         peaks[name] = torch.cuda.max_memory_allocated(device) - before
     return {"peak_bytes": peaks}
 

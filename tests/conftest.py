@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ato_fast import backend
+from ato_fast import backend, fused, masked
 from samples import BACKENDS
 
 
@@ -17,6 +17,24 @@ def served(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Activations of the calls of masked_bn_act, and where a convolution took a norm in."""
+    seen = []
+    original, returned = masked.masked_bn_act, fused.Fused._return
+    monkeypatch.setattr(
+        fused, "masked_bn_act", lambda *args: (seen.append(args[4]), original(*args))[1]
+    )
+
+    def noted(mode, layer, result):
+        if isinstance(layer, fused.Folded):
+            seen.append("fold")
+        return returned(mode, layer, result)
+
+    monkeypatch.setattr(fused.Fused, "_return", noted)
+    return seen
 
 
 def pytest_collection_modifyitems(items):

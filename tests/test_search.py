@@ -56,8 +56,11 @@ def test_one_draw_by_default_and_two_as_published(layout, monkeypatch):
         monkeypatch.setattr(
             search.controller, "noise", lambda n=noise, d=draws: (d.append(n()), d[-1])[1]
         )
-        gates, cost = search.gates, search._cost
-        search.gates = lambda mask, fn, m=masks, g=gates: (m.append(mask.detach()), g(mask, fn))[1]
+        evaluate, cost = search.gates.value_and_grad, search._cost
+        search.gates.value_and_grad = lambda mask, fn, m=masks, e=evaluate: (
+            m.append(mask.detach()),
+            e(mask, fn),
+        )[1]
         search._cost = lambda layout, mask, m=masks, c=cost: (
             m.append(mask.detach()),
             c(layout, mask),

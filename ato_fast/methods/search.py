@@ -95,7 +95,9 @@ class Search:
             layout: of the groups that are left.
             alive: bool ``[n_groups]`` of the traced layout.
         """
+        unfit = self.gates.unfit
         self.gates = Gates(model, layout)
+        self.gates.unfit = unfit
         self.alive = alive.to(self.controller.heads.device)
 
     @torch.no_grad()
@@ -115,12 +117,10 @@ class Search:
         batch = self.feed.next(data)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.enable_grad():
-            task, resource = self._objective(batch, loss_fn)
-            objective = task + GAMMA * resource.to(task.dtype)
-            self.optimizer.zero_grad(set_to_none=True)
-            objective.backward()
-        values = torch.stack([x.detach().double() for x in (objective, task, resource)])
+        self.optimizer.zero_grad(set_to_none=True)
+        task, resource = self._backward(batch, loss_fn)
+        objective = task + GAMMA * resource.to(task.dtype)
+        values = torch.stack([x.double() for x in (objective, task, resource)])
         # A loss that is NaN on one rank is NaN on all of them, so that all of them stop.
         self.ranks.average_([values, *(p.grad for p in self.controller.parameters())])
         values = values.tolist()
@@ -134,9 +134,11 @@ class Search:
         self.losses.append(tuple(values))
         return tuple(values)
 
-    def _objective(
+    @torch.enable_grad()
+    def _backward(
         self, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]
     ) -> tuple[Tensor, Tensor]:
+        """Gradients of the objective; returns task and resource loss, detached."""
         logits = self.controller.logits()
         noise = self.controller.noise()
         hard = relax(logits + noise, hard=True)
@@ -146,17 +148,15 @@ class Search:
         if self.alive is not None:
             hard, gate = hard * self.alive, gate[self.alive]
         try:
-            task = self.gates(gate, lambda model: loss_fn(model, batch))
+            task, slope = self.gates.value_and_grad(gate, lambda model: loss_fn(model, batch))
         except Exception as error:
             raise RuntimeError(
                 f"controller_loss failed on a batch of controller_data ({_described(batch)}): "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if not isinstance(task, Tensor) or task.dim() != 0:
-            got = f"shape {tuple(task.shape)}" if isinstance(task, Tensor) else repr(task)
-            raise ValueError(f"controller_loss: expected a scalar tensor, got {got}")
-        ratio = self._cost(self.layout, hard) / self._dense
-        return task, resource_loss(ratio, self.ratio)
+        resource = resource_loss(self._cost(self.layout, hard) / self._dense, self.ratio)
+        torch.autograd.backward([gate, GAMMA * resource], [slope, None])
+        return task, resource.detach()
 
     @torch.no_grad()
     def draw(self) -> Tensor:
@@ -213,6 +213,7 @@ class Search:
             "optimizer": self.optimizer.state_dict(),
             "feed": self.feed.state_dict(),
             "losses": [list(x) for x in self.losses],
+            "unfit": sorted(self.gates.unfit),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -221,6 +222,7 @@ class Search:
         self.optimizer.load_state_dict(state["optimizer"])
         self.feed.load_state_dict(state["feed"])
         self.losses = [tuple(x) for x in state["losses"]]
+        self.gates.unfit = set(state.get("unfit", ()))
 
 
 def _described(batch: Any) -> str:

@@ -102,12 +102,14 @@ class Gates:
         self._rows = [(t, d) for (t, d), _ in entries if known[t].dim() > 1]
         self._sizes = [len(groups) for _, groups in entries]
         self._index = torch.from_numpy(np.concatenate([groups for _, groups in entries]))
-        self._fusable = {
-            weight: follower
-            for weight, follower in layout.followers.items()
-            if _is_fusable(model, weight, follower, index)
-        }
-        """By the weight of a layer: its follower, as in ``layout.followers``."""
+        self._fusable: dict[str, tuple[str, _BatchNorm, str, str]] = {}
+        """By the weight of a layer: its follower, as in ``layout.followers``, and the norm of the
+        two with the names of its weight and bias."""
+        for weight, follower in layout.followers.items():
+            affine = weight if follower in ACTIVATIONS else follower
+            if _is_fusable(model, weight, follower, index):
+                norm = model.get_submodule(_owner(affine))
+                self._fusable[weight] = follower, norm, affine, _bias(affine)
         self.unfit: set[str] = set()
         """Of these layers, those that were found not to be used as their graph says."""
         # Of folded weights: fresh memory of their size costs more than what is written to it.
@@ -133,13 +135,10 @@ class Gates:
             tensors[name] = tensors[name] * factor.to(tensors[name].dtype).view(shape)
         return tensors
 
-    def _plain(self) -> dict[str, Tensor]:
-        """Every parameter without its gradient, by the first of its names."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-
     def _layers(
         self,
         names: AbstractSet[str],
+        own: dict[str, Tensor],
         plain: dict[str, Tensor],
         tensors: dict[str, Tensor],
         factors: Tensor,
@@ -147,20 +146,18 @@ class Gates:
     ) -> Iterator[Gated | Folded]:
         """What to put together, with this call's tensors."""
         gates = dict(zip(self._vectors, factors.split(self._sizes), strict=False))
-        own = dict(self.model.named_parameters())
         norms = []
         for name in names:
-            weight = name if name in gates else self._fusable[name]
-            module, bias = self.model.get_submodule(_owner(weight)), _bias(weight)
-            statistics = module.running_mean, module.running_var
-            norm = Norm(statistics, (tensors[weight], tensors.get(bias)), module.eps)
+            follower, norm, weight, bias = self._fusable[name]
+            statistics = norm.running_mean, norm.running_var
+            called = Norm(statistics, (tensors[weight], tensors.get(bias)), norm.eps)
             parts = own[weight], own.get(bias), own[name], own.get(_bias(name))
-            key = name, norm, parts
-            norms.append((key, *statistics, plain[weight], plain.get(bias), module.eps))
-        for (name, norm, parts), scale, shift in affines(norms):
+            key = name, follower, called, parts
+            norms.append((key, *statistics, plain[weight], plain.get(bias), norm.eps))
+        for (name, follower, called, parts), scale, shift in affines(norms):
             if name in gates:
                 constants = gates[name].to(scale.dtype), scale, shift
-                yield Gated(name, norm, parts, self._fusable[name], constants)
+                yield Gated(name, called, parts, follower, constants)
                 continue
             weight, bias = plain[name], plain.get(_bias(name))
             shift = shift if bias is None else bias * scale + shift
@@ -168,7 +165,7 @@ class Gates:
             if folded is None or folded.device != weight.device or folded.dtype != weight.dtype:
                 folded = memory[name] = torch.empty_like(weight)
             torch.mul(weight, scale.view(-1, *[1] * (weight.dim() - 1)), out=folded)
-            yield Folded(name, norm, parts, (weight, bias), (folded, shift.to(weight.dtype)))
+            yield Folded(name, called, parts, (weight, bias), (folded, shift.to(weight.dtype)))
 
     def _checked(self, mask: Tensor) -> Tensor:
         """The mask as floats on the model's device."""
@@ -218,7 +215,7 @@ class Gates:
         factors = self._factors(mask)
         if mask.requires_grad and torch.is_grad_enabled():
             factors = self._lifted(factors)
-        plain = self._plain()
+        plain = {name: p.detach() for name, p in self.model.named_parameters()}
         return self._evaluate(self._scaled(plain, factors), fn)
 
     def value_and_grad(
@@ -273,9 +270,10 @@ class Gates:
             with torch.enable_grad():
                 leaf = mask.clone().requires_grad_()
                 factors = self._lifted(self._factors(leaf))
-                plain = self._plain()
+                own = dict(self.model.named_parameters())
+                plain = {name: parameter.detach() for name, parameter in own.items()}
                 tensors = self._scaled(plain, factors)
-                layers = self._layers(names, plain, tensors, factors, memory)
+                layers = self._layers(names, own, plain, tensors, factors, memory)
                 fused = Fused(layers) if names else None
 
                 def run(model: nn.Module) -> tuple:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .artifact import as_safetensors, write_file
 from .capture import check_plain, no_fast_path
+from .fold import fold_weights
 from .probe import cpu_inputs, difference, tensors
 from .shrink import duplicate, named_tensors
 from .trace import same_random_numbers
@@ -121,7 +122,8 @@ def export(
     - ``"state-dict"``: ``model.state_dict()`` as safetensors, tied tensors under each of their
       names. Weights only; the network that takes them has to be there already.
 
-    No file holds example values, file names or lines of code of yours.
+    Weights that the model computes from parameters, such as standardised ones, are computed once
+    for the first two. No file holds example values, file names or lines of code of yours.
 
     Args:
         model: any module `torch.export` can capture, shrunk or dense; left as it is.
@@ -269,6 +271,7 @@ def _program(
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
+    fold_weights(program)
     program.example_inputs = (tuple(torch.zeros_like(x) for x in example), {})
     return program, shapes
 
@@ -301,10 +304,28 @@ def _archive(program: torch.export.ExportedProgram) -> _Made:
     return _Made(data, lambda inputs: list(tensors(loaded(*inputs))), _version("torch"))
 
 
+def _keep_zero_padding(graph: torch.fx.Graph) -> None:
+    """Pad with -0.0, which equals 0.0, before max pooling.
+
+    By default onnxruntime (its PadFusion, as of 1.31) moves padding whose bits are all 0 into the
+    pooling, and that pads with -inf: a window without a positive value gave 0 and no longer does.
+    """
+    aten = torch.ops.aten
+    pools = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+    for pool in graph.nodes:
+        pad = pool.args[0] if pool.target in pools else None
+        if pad is not None and pad.target == aten.pad.default:
+            x, sizes, *rest = pad.args
+            mode, value = (*rest, *("constant", None)[len(rest) :])
+            if mode == "constant" and not value:
+                pad.args = (x, sizes, mode, -0.0)
+
+
 def _onnx(program: torch.export.ExportedProgram, shapes: Any, opset: int | None) -> _Made:
     n_bytes = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     if n_bytes > ONNX_BYTES:
         raise ExportError(f"model: {n_bytes} bytes of weights do not fit in one ONNX file (2 GiB)")
+    _keep_zero_padding(program.graph)
     with _failing_as("torch.onnx cannot translate the graph"), warnings.catch_warnings():
         # All inputs share the batch, and it is named once.
         warnings.filterwarnings("ignore", ".*The axis name: batch will not be used")

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import backend
+from .gru import bi_gru
 from .noise import gate_mask, gumbel, uniform
 
 BASE = 3.0  # b of the paper
@@ -85,10 +87,18 @@ class Controller(nn.Module):
         """Length of the mask."""
         return len(self.heads)
 
+    def _states(self) -> Tensor:
+        """Outputs of the GRU, ``[L, 256]``: `bi_gru` of CPU tensors, elsewhere nn.GRU (cuDNN).
+
+        Nor has a forced Triton or CUDA backend a kernel of it: nn.GRU serves there.
+        """
+        if self.source.device.type == "cpu" and backend.requested() not in ("triton", "cuda"):
+            return bi_gru(self.source.squeeze(1), [*self.gru.parameters()])
+        return self.gru(self.source)[0].squeeze(1)
+
     def _heads(self, hard: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, uniform numbers of the next draw, and the mask they give."""
-        features, _ = self.gru(self.source)  # [L, 1, 256]
-        features = torch.relu(self.norm(features)).squeeze(1)  # [L, 256]
+        features = torch.relu(self.norm(self._states()))
         return gate_mask(
             features, self.heads, self.bounds, self.seed, self.draws,
             base=BASE, temperature=TEMPERATURE, hard=hard,

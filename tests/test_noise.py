@@ -1,6 +1,7 @@
 """Counter-based noise against published vectors, and the controller's heads in one op."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,6 +84,36 @@ def test_the_mask_is_what_separate_operations_give(served, monkeypatch):
         found = torch.autograd.grad((mask * weights).sum(), (features, heads), retain_graph=True)
         for got, expected in zip(found, wanted, strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def heads_gradient(n_heads, seed=0):
+    heads = torch.linspace(-seed, 1, 12 * n_heads).view(n_heads, 12).requires_grad_()
+    features, bounds = torch.linspace(0, 1, 12)[None], torch.tensor([0, n_heads])
+    mask = noise.gate_mask(features, heads, bounds, 5, 2, base=0.3, temperature=0.4, hard=True)[2]
+    return torch.autograd.grad(mask.sum(), heads)[0]
+
+
+def test_the_memory_of_a_gradient_is_used_again_once_it_is_free(monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "cpu")
+    first, second = heads_gradient(80), heads_gradient(80, seed=1)
+    expected = first.clone(), second.clone()
+    place, tail = second.data_ptr(), first[40:]
+    del first, second
+    again = heads_gradient(80, seed=1)
+    assert again.data_ptr() == place and torch.equal(again, expected[1])
+    # A view of the first one still holds its memory.
+    others = [heads_gradient(n, seed) for seed, n in enumerate((80, 7, 80, 500))]
+    assert torch.equal(tail, expected[0][40:])
+    assert torch.equal(others[0], expected[0]) and torch.equal(again, expected[1])
+    assert len({g.untyped_storage().data_ptr() for g in (tail, again, *others)}) == 6
+
+
+def test_threads_that_share_the_memory_of_gradients(monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "cpu")
+    expected = [heads_gradient(80, seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda i: heads_gradient(80, i % 4).clone(), range(400))
+        assert all(torch.equal(g, expected[i % 4]) for i, g in enumerate(found))
 
 
 def test_contract_of_the_op():

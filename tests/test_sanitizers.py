@@ -1,46 +1,62 @@
-"""The CPU step under AddressSanitizer, UBSan and ThreadSanitizer, on more threads than cores.
+"""The CPU step and GRU under AddressSanitizer, UBSan and ThreadSanitizer, on threads of their own.
 
-The kernel's core is compiled with a driver that needs no torch (an instrumented Python is not to
+The kernels' cores are compiled with drivers that need no torch (an instrumented Python is not to
 be had); tables, buffers and results travel through files, and the results are compared too.
 """
 
 import shutil
 import struct
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ato_fast import backend
+from ato_fast import backend, gru
 from ato_fast.plan import build_plan
 from samples import PROJECTIONS, VARIANTS, by_name, every_layout, layout_of, random_mask, set_grads
 
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which("g++") or shutil.which("clang++")
 KINDS = {"memory": "address,undefined", "threads": "thread"}
-SOURCES = ("step.cpp", "loops.cpp")
+SOURCES = {"driver": ("step.cpp", "loops.cpp"), "gru": ("gru_loops.cpp",)}
 THREADS, STEPS = 5, 3
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def driver(request, tmp_path_factory):
-    """The driver built with one kind of sanitizer."""
-    program = tmp_path_factory.mktemp("driver") / "driver"
-    sources = [ROOT / "tests/sanitize/driver.cpp", *(ROOT / "csrc/cpu" / f for f in SOURCES)]
-    command = [
-        CXX, "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-DATO_NO_CLONES", "-pthread",
-        f"-fsanitize={KINDS[request.param]}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}",
-        *map(str, sources), "-o", str(program),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "cannot find" in done.stderr:
-        pytest.skip("the sanitizer's runtime is not installed")
-    assert done.returncode == 0, done.stderr
-    return program
+def built(request, tmp_path_factory):
+    """Builds a driver with one kind of sanitizer, once."""
+    folder = tmp_path_factory.mktemp("drivers")
+
+    @cache
+    def build(name):
+        program = folder / name
+        sources = [
+            ROOT / f"tests/sanitize/{name}.cpp",
+            *(ROOT / "csrc/cpu" / file for file in SOURCES[name]),
+        ]
+        command = [
+            CXX, "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-DATO_NO_CLONES", "-pthread",
+            f"-fsanitize={KINDS[request.param]}", "-fno-sanitize-recover=all",
+            f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if "cannot find" in done.stderr:
+            pytest.skip("the sanitizer's runtime is not installed")
+        assert done.returncode == 0, done.stderr
+        return program
+
+    return build
+
+
+@pytest.fixture
+def driver(built):
+    """The step's driver."""
+    return built("driver")
 
 
 def _raw(tensor):
@@ -129,6 +145,25 @@ def test_a_planted_error_is_found(driver, tmp_path):
     _write(tmp_path / "in", blocks)
     done = subprocess.run([driver, tmp_path / "in", tmp_path / "out"], capture_output=True)
     assert done.returncode != 0 and expected in done.stderr
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 33, 130), (17, 5, 37), (3, 64, 32)])
+def test_the_gru_is_clean_and_right(sizes, built, tmp_path, monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "cpu")
+    n_steps, inputs, hidden = sizes
+    weights = list(torch.nn.GRU(inputs, hidden, bidirectional=True).parameters())
+    source, grad = torch.randn(n_steps, inputs), torch.randn(n_steps, 2 * hidden)
+    head = np.array(sizes, dtype=np.int64).tobytes()
+    _write(tmp_path / "in", [head, *map(_raw, (source, grad, *weights))])
+    done = subprocess.run(
+        [built("gru"), tmp_path / "in", tmp_path / "out"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr[:4000]
+    states = gru.bi_gru(source, weights)
+    grads = torch.autograd.grad(states, weights, grad)
+    got_states, _, *got_grads = _read(tmp_path / "out")
+    assert got_states == _raw(states)
+    assert got_grads == [_raw(g) for g in grads]
 
 
 def _has(program, symbol):

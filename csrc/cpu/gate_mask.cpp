@@ -3,7 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <new>
 #include <tuple>
 
 #include "common.h"
@@ -74,6 +76,35 @@ void for_blocks(const std::vector<Block>& blocks, const Body& body) {
                               });
 }
 
+// Memory of a gradient of the heads, elements behind the header. It is megabytes that live for one
+// step, which malloc may give back to the system every time: fresh pages cost several times what
+// the kernel does. So the last one is kept for the next of its size.
+struct alignas(64) Spare {
+  int64_t n_bytes;
+};
+
+std::atomic<Spare*> spare{nullptr};
+
+void free_spare(Spare* block) {
+  ::operator delete(block, std::align_val_t{alignof(Spare)});
+}
+
+Tensor empty_from_spare(const Tensor& like) {
+  const int64_t n_bytes = like.numel() * static_cast<int64_t>(sizeof(float));
+  Spare* block = spare.exchange(nullptr);
+  if (block != nullptr && block->n_bytes != n_bytes) {
+    free_spare(block);
+    block = nullptr;
+  }
+  if (block == nullptr) {
+    void* memory = ::operator new(sizeof(Spare) + n_bytes, std::align_val_t{alignof(Spare)});
+    block = new (memory) Spare{n_bytes};
+  }
+  return torch::stable::from_blob(
+      block + 1, like.sizes(), like.strides(), like.device(), ScalarType::Float,
+      [](void* data) { free_spare(spare.exchange(static_cast<Spare*>(data) - 1)); });
+}
+
 // d_head = grad * feature; d_feature += grad * head.
 ATO_CLONES void outer(float grad, const float* head, const float* feature, float* d_head,
                       double* d_feature, int64_t n) {
@@ -142,7 +173,7 @@ std::tuple<Tensor, Tensor> gate_mask_backward_kernel(Tensor grad_logits, Tensor 
                     heads.sizes()[0], " elements each, got ", tensor->numel());
   }
   Tensor d_features = torch::stable::empty_like(features);
-  Tensor d_heads = torch::stable::empty_like(heads);
+  Tensor d_heads = empty_from_spare(heads);
   const float* feature = features.const_data_ptr<float>();
   const float* head = heads.const_data_ptr<float>();
   const float* from_logits = grad_logits.const_data_ptr<float>();

@@ -1,48 +1,14 @@
-// Runs the CPU step on plain threads over arrays read from a file, each in a heap block of its
-// exact size, and writes the mutated ones back: for builds with sanitizers.
+// Runs the CPU step on plain threads over arrays read from a file and writes the mutated ones back:
+// for builds with sanitizers.
 //
-// Usage: driver INPUT OUTPUT. Both are sequences of (int64 bytes, bytes).
+// Usage: driver INPUT OUTPUT
 #include <atomic>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <vector>
 
+#include "blocks.h"
 #include "cpu/step.h"
-
-namespace {
-
-struct Block {
-  int64_t bytes = 0;
-  void* data = nullptr;
-
-  template <class T>
-  T* as() const {
-    return bytes == 0 ? nullptr : static_cast<T*>(data);
-  }
-};
-
-Block read_block(FILE* file) {
-  Block block;
-  if (std::fread(&block.bytes, sizeof(block.bytes), 1, file) != 1) {
-    std::fprintf(stderr, "driver: the input ends too early\n");
-    std::exit(2);
-  }
-  block.data = std::malloc(block.bytes);
-  if (block.bytes > 0 && std::fread(block.data, block.bytes, 1, file) != 1) {
-    std::fprintf(stderr, "driver: a block is cut off\n");
-    std::exit(2);
-  }
-  return block;
-}
-
-void write_block(FILE* file, const Block& block) {
-  std::fwrite(&block.bytes, sizeof(block.bytes), 1, file);
-  std::fwrite(block.data, 1, block.bytes, file);
-}
-
-}  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 3) {

@@ -12,13 +12,16 @@ In between the tensor is not what the model thinks it is, so nobody else may use
 on every call. Of functions that torch shows to modes, none but the follower may get the tensor, and
 it once; none at all may get what the layer is made of, which might change it or ask for its
 gradient. Others (an `autograd.Function`, TorchScript, compiled code) are found in the autograd
-graph: the loss has to come from what the follower returned, and not from the tensor before.
-`Fused.unfit` names the layers where it is otherwise; whoever evaluates the model then does so again
-without them (`gates.py`).
+graph: the loss has to come from what the follower returned, and not from the tensor before, which
+nobody may keep. `Fused.unfit` names the layers where it is otherwise; whoever evaluates the model
+then does so again without them (`gates.py`). What would not be found is a use beside the follower's
+that the trace did not have, without a gradient and hidden from modes: values read through
+TorchScript or DLPack, say.
 """
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -110,13 +113,13 @@ class Fused(TorchFunctionMode):
     def __init__(self, layers: Iterable[Gated | Folded]) -> None:
         super().__init__()
         self._layers: dict[int, Gated | Folded] = {}
-        self._parts: dict[int, str] = {}
+        self._parts: dict[int, set[str]] = {}
         for layer in layers:
             given = layer.given if isinstance(layer, Folded) else layer.norm.affine
             self._layers[id(given[0])] = layer
             for part in (*given, *layer.norm.statistics, *layer.norm.affine, *layer.parts):
                 if part is not None:
-                    self._parts[id(part)] = layer.name
+                    self._parts.setdefault(id(part), set()).add(layer.name)
         self._noted: set[str] = set()
         self._all: list[_Early] = []
         # By id, of the tensors that are still alive.
@@ -138,30 +141,49 @@ class Fused(TorchFunctionMode):
             result = self._norm(*args, **kwargs)
         elif func in CONVOLUTIONS:
             result = self._convolution(func, *args, **kwargs)
-        elif func not in ACTIVATIONS:
-            names = map(self._parts.get, _ids((args, kwargs)))
-            self._noted.update(name for name in names if name is not None)
+        else:
+            self._note_parts(_ids((args, kwargs)))
         return func(*args, **kwargs) if result is None else result
 
     def unfit(self, value: Tensor) -> set[str]:
-        """Names of layers that are not used as their graph says, for a ``value`` that was computed
-        with the model."""
+        """Names of layers that are not used as their graph says.
+
+        Args:
+            value: the loss, computed with the model.
+        """
+        if self._early:
+            # What is garbage in a cycle is kept by nobody.
+            gc.collect()
+        self._noted.update(early.layer.name for early, _ in self._early.values())
         reached = _reached(value)
         for early in self._all:
             before, after = early.nodes
             kept = early.inplace or before not in reached
             if early.n_followed != 1 or not kept or after not in reached:
                 self._noted.add(early.layer.name)
+        self.close()
         return self._noted
 
-    def _norm(self, x, mean, variance, weight=None, bias=None, *args, **kwargs) -> Tensor | None:
-        layer = self._layers.get(id(weight))
+    def close(self) -> None:
+        """Let go of the tensors and of the graph."""
+        self._early.clear()
+        self._all.clear()
+
+    def _note_parts(self, ids: Iterable[int]) -> None:
+        for key in ids:
+            self._noted |= self._parts.get(key, set())
+
+    def _norm(
+        self, input, running_mean, running_var, weight=None, bias=None, training=False,
+        momentum=0.1, eps=1e-5,
+    ) -> Tensor | None:  # fmt: skip
+        if training:
+            # It changes statistics that constants were made of.
+            self._note_parts(map(id, (running_mean, running_var)))
+        layer, x = self._layers.get(id(weight)), input
         if not isinstance(layer, Gated) or not layer.norm.called(
-            x, mean, variance, weight, bias, *args, **kwargs
+            x, running_mean, running_var, weight, bias, training, momentum, eps
         ):
-            # Perhaps one that changes the statistics, or whose constants are another's.
-            names = map(self._parts.get, map(id, (mean, variance, weight, bias)))
-            self._noted.update(name for name in names if name is not None)
             return None
         gate, *affine = layer.constants
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -185,7 +207,7 @@ class Fused(TorchFunctionMode):
 
         def forget(_: weakref.ref) -> None:
             early.result = None
-            del self._early[key]
+            self._early.pop(key, None)
 
         self._early[key] = early, weakref.ref(tensor, forget)
         self._all.append(early)
@@ -199,6 +221,7 @@ class Fused(TorchFunctionMode):
             # From here on the tensor is what the model thinks it is.
             early.inplace = True
             del self._early[id(args[0])]
+            return args[0]
         return early.result
 
 

@@ -25,8 +25,7 @@ function that is evaluated.)
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -115,6 +114,15 @@ class Gates:
         # Of folded weights: fresh memory of their size costs more than what is written to it.
         self._memory: dict[str, Tensor] = {}
 
+    def flags(self) -> list[float]:
+        """For all layers that could be fused, in a fixed order: 1 if it is `unfit`, else 0."""
+        return [float(name in self.unfit) for name in sorted(self._fusable)]
+
+    def take_flags(self, flags: Sequence[float]) -> None:
+        """Add the layers whose flag is not 0 to `unfit`."""
+        found = zip(sorted(self._fusable), flags, strict=True)
+        self.unfit.update(name for name, flag in found if flag)
+
     def _factors(self, mask: Tensor) -> Tensor:
         """The mask's entry for every entry of the gated tensors, one after the other."""
         self._index = self._index.to(mask.device)
@@ -137,7 +145,7 @@ class Gates:
 
     def _layers(
         self,
-        names: AbstractSet[str],
+        names: Sequence[str],
         own: dict[str, Tensor],
         plain: dict[str, Tensor],
         tensors: dict[str, Tensor],
@@ -224,8 +232,8 @@ class Gates:
         """``fn(model)`` as `__call__` has it, and its gradient with respect to the mask.
 
         By the fused route where that is possible. Where a model is found not to do what its graph
-        says, or fails, ``fn`` is called again, with torch's, NumPy's and Python's random numbers as
-        before, and that part of the model takes the affine route from then on (`unfit`).
+        says, or fails, ``fn`` is called again, with random numbers (torch, NumPy, Python) and
+        attributes of modules as before, and that part of the model is `unfit` from then on.
 
         Args:
             mask: ``[n_groups]``, bool or float in [0, 1].
@@ -236,36 +244,38 @@ class Gates:
             for a bool mask) on the model's device.
 
         Raises:
-            ValueError: a mask of the wrong size; a value that is no scalar or does not depend on
-                the mask; called under ``torch.inference_mode``.
+            ValueError: a mask of the wrong size, no scalar that depends on it, or inference mode.
         """
         mask = self._checked(mask).detach()
         if torch.is_inference_mode_enabled():
             raise ValueError("value_and_grad: there are no gradients under torch.inference_mode")
         while True:
-            names = frozenset()
-            if not _watched(self.model):
-                names = self._fusable.keys() - self.unfit
-            restore = _random_numbers(mask.device) if names else None
+            # Sorted: the same in every process.
+            names = sorted(self._fusable.keys() - self.unfit) if not _watched(self.model) else []
+            restore = _state(self.model, mask.device) if names else None
+            failed = False
             try:
                 unfit, *outcome = self._attempt(mask, fn, names)
             except Exception:
-                if not names:
+                failed = bool(names)
+                if not failed:
                     raise
-                # One of the model's own comes again.
+            if failed:
+                # The model's own error comes again. (The handler would keep tensors alive.)
                 restore()
-                _, *outcome = self._attempt(mask, fn, frozenset())
+                _, *outcome = self._attempt(mask, fn, [])
                 unfit = names
-            self.unfit |= unfit
+            self.unfit.update(unfit)
             if outcome:
                 return tuple(outcome)
             restore()
 
     def _attempt(
-        self, mask: Tensor, fn: Callable[[nn.Module], Tensor], names: AbstractSet[str]
-    ) -> tuple[AbstractSet[str], Tensor, Tensor] | tuple[AbstractSet[str]]:
+        self, mask: Tensor, fn: Callable[[nn.Module], Tensor], names: Sequence[str]
+    ) -> tuple[set[str], Tensor, Tensor] | tuple[set[str]]:
         """Value and gradient, with layers of these names fused; or those of them that are unfit."""
         memory, self._memory = self._memory, {}
+        fused = None
         try:
             with torch.enable_grad():
                 leaf = mask.clone().requires_grad_()
@@ -278,7 +288,7 @@ class Gates:
 
                 def run(model: nn.Module) -> tuple:
                     value = _loss(fn(model))
-                    unfit = fused.unfit(value) if fused else frozenset()
+                    unfit = fused.unfit(value) if fused else set()
                     if unfit:
                         return (unfit,)
                     # Here, while the model is masked: checkpointing runs parts of it again.
@@ -288,6 +298,8 @@ class Gates:
                     return self._evaluate(tensors, run)
         finally:
             self._memory = memory
+            if fused:
+                fused.close()
 
 
 def _loss(value: Any) -> Tensor:
@@ -361,10 +373,11 @@ def _watched(model: nn.Module) -> bool:
     )
 
 
-def _random_numbers(device: torch.device) -> Callable[[], None]:
-    """Restores the state that the generators of Python, NumPy and torch have now."""
+def _state(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Restores the generators of Python, NumPy and torch, and which attributes modules have."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
 
     def restore() -> None:
         random.setstate(python)
@@ -372,6 +385,9 @@ def _random_numbers(device: torch.device) -> Callable[[], None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda, device)
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
 
     return restore
 

@@ -99,13 +99,17 @@ def affines(
         return
     keys, means, variances, weights, biases, eps = zip(*norms, strict=True)
     sizes = [len(mean) for mean in means]
-    wide = torch.float64 if means[0].dtype == torch.float64 else torch.float32
+    double = any(mean.dtype == torch.float64 for mean in means)
+    wide = torch.float64 if double else torch.float32
     mean, variance = torch.cat(means).to(wide), torch.cat(variances).to(wide)
     if len(set(eps)) == 1:
         scale = torch.rsqrt(variance + eps[0])
     else:
         scale = torch.rsqrt(
-            variance + torch.cat([m.new_full(m.shape, e) for m, e in zip(means, eps, strict=True)])
+            variance
+            + torch.cat(
+                [m.new_full(m.shape, e, dtype=wide) for m, e in zip(means, eps, strict=True)]
+            )
         )
     both = zip(means, weights, strict=True)
     scale = scale * torch.cat([torch.ones_like(m) if w is None else w for m, w in both])

@@ -177,7 +177,6 @@ class Data(Net):
 class Kept(Net):
     """Somebody may look at the norm's result later."""
 
-    fits = True
     traceable = False
 
     def inner(self, x):
@@ -273,6 +272,18 @@ class Tied(Net):
         return self.act(self.other(self.conv1(x)))
 
 
+class Keywords(Net):
+    fits = True
+
+    def inner(self, x):
+        n = self.bn1
+        y = F.batch_norm(
+            input=self.conv1(x), running_mean=n.running_mean, running_var=n.running_var,
+            weight=n.weight, bias=n.bias,
+        )  # fmt: skip
+        return self.act(y)
+
+
 class OtherActivation(Net):
     def inner(self, x):
         return F.leaky_relu(self.bn1(self.conv1(x)), 0.1)
@@ -289,6 +300,7 @@ class Trained(Net):
     """A norm that is called in training mode all the same."""
 
     tried = False
+    fits = True
 
     def inner(self, x):
         norm = self.bn1
@@ -324,8 +336,8 @@ class Checkpointed(Net):
 
 AWKWARD = (
     Twice, Before, Custom, CustomConvolution, CustomNorm, CustomInPlace, Scripted, Numpy, Data,
-    Kept, Assigned, Dropped, Changed, Asked, WithoutGrad, OffAndOn, Again, Tied, OtherActivation,
-    Statistics, Trained, InPlace,
+    Kept, Assigned, Dropped, Changed, Asked, WithoutGrad, OffAndOn, Again, Tied, Keywords,
+    OtherActivation, Statistics, Trained, InPlace,
 )  # fmt: skip
 
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -51,7 +51,8 @@ class ATO:
         controller_data: iterable of batches, iterated again and again, that the weights are not
             trained on (see `hold_out`). A plain attribute: may be set before the first step.
         controller_loss: ``(model, batch) -> scalar``; default: cross-entropy of ``(x, y)``. Gets
-            the model masked and in eval mode.
+            the model masked and in eval mode. May be called twice for a step
+            (`Gates.value_and_grad`), so it must not communicate between processes.
         scope, min_channels, round_to: as for `trace`.
         fidelity: ``"default"`` or ``"paper"`` (see the module's docstring and `Search`).
         seed: of the controller, its noise and its data order. Equal on every rank; under

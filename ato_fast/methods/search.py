@@ -120,10 +120,14 @@ class Search:
         self.optimizer.zero_grad(set_to_none=True)
         task, resource = self._backward(batch, loss_fn)
         objective = task + GAMMA * resource.to(task.dtype)
+        flags = self.gates.flags()
         values = torch.stack([x.double() for x in (objective, task, resource)])
+        values = torch.cat([values, values.new_tensor(flags)])
         # A loss that is NaN on one rank is NaN on all of them, so that all of them stop.
         self.ranks.average_([values, *(p.grad for p in self.controller.parameters())])
         values = values.tolist()
+        self.gates.take_flags(values[3:])
+        values = values[:3]
         for name, value in zip(("objective", "task loss", "resource loss"), values, strict=True):
             if name != "objective" and not math.isfinite(value):
                 raise FloatingPointError(

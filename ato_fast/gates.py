@@ -25,6 +25,7 @@ function that is evaluated.)
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -48,6 +49,8 @@ _FLOOR = {
     torch.float16: 2.0**-12,
 }
 
+FAILED = "the masked model failed, and not with its norms and activations apart, as it stays now:"
+
 
 class _Closure(nn.Module):
     """``fn(model)`` as a module, so that `functional_call` can swap the tensors of ``model``."""
@@ -70,8 +73,7 @@ class Gates:
             which layers may take the fused route.
 
     Raises:
-        ValueError: a gate that no slice carries, or a gated tensor that is no parameter of the
-            model.
+        ValueError: no gate, one that no slice carries, or a gated tensor that is no parameter.
     """
 
     def __init__(self, model: nn.Module, layout: GroupLayout) -> None:
@@ -110,8 +112,8 @@ class Gates:
                 norm = model.get_submodule(_owner(affine))
                 self._fusable[weight] = follower, norm, affine, _bias(affine)
         self.unfit: set[str] = set()
-        """Of these layers, those that were found not to be used as their graph says."""
-        # Of folded weights: fresh memory of their size costs more than what is written to it.
+        """Those of them that were found not to be used as their graph says."""
+        # Of folded weights; fresh memory costs more than what is written to it.
         self._memory: dict[str, Tensor] = {}
 
     def flags(self) -> list[float]:
@@ -152,7 +154,6 @@ class Gates:
         factors: Tensor,
         memory: dict[str, Tensor],
     ) -> Iterator[Gated | Folded]:
-        """What to put together, with this call's tensors."""
         gates = dict(zip(self._vectors, factors.split(self._sizes), strict=False))
         norms = []
         for name in names:
@@ -253,18 +254,19 @@ class Gates:
             # Sorted: the same in every process.
             names = sorted(self._fusable.keys() - self.unfit) if not _watched(self.model) else []
             restore = _state(self.model, mask.device) if names else None
-            failed = False
+            failure = ""
             try:
                 unfit, *outcome = self._attempt(mask, fn, names)
-            except Exception:
-                failed = bool(names)
-                if not failed:
+            except Exception as error:
+                if not names:
                     raise
-            if failed:
-                # The model's own error comes again. (The handler would keep tensors alive.)
+                failure = f"{type(error).__name__}: {error}"
+            if failure:
+                # Its own error comes again. (Not in the handler, which keeps tensors alive.)
                 restore()
                 _, *outcome = self._attempt(mask, fn, [])
                 unfit = names
+                warnings.warn(f"{FAILED} {failure}", stacklevel=2)
             self.unfit.update(unfit)
             if outcome:
                 return tuple(outcome)
@@ -274,8 +276,7 @@ class Gates:
         self, mask: Tensor, fn: Callable[[nn.Module], Tensor], names: Sequence[str]
     ) -> tuple[set[str], Tensor, Tensor] | tuple[set[str]]:
         """Value and gradient, with layers of these names fused; or those of them that are unfit."""
-        memory, self._memory = self._memory, {}
-        fused = None
+        (memory, self._memory), fused = (self._memory, {}), None
         try:
             with torch.enable_grad():
                 leaf = mask.clone().requires_grad_()
@@ -306,7 +307,7 @@ def _loss(value: Any) -> Tensor:
     """``value``, checked."""
     if not isinstance(value, Tensor) or value.dim() != 0:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"fn: expected a scalar tensor, got {got}")
+        raise ValueError(f"loss: expected a scalar tensor, got {got}")
     return value
 
 
@@ -316,9 +317,8 @@ def _gradient(value: Tensor, mask: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(value, mask, allow_unused=True)
     if gradient is None:
         raise ValueError(
-            "fn: expected a value with a gradient for the mask, got one that does not depend on it "
-            "(computed under torch.no_grad or checkpoint(use_reentrant=True), detached, or without "
-            "the model)"
+            "loss: expected one with a gradient for the mask, got one that does not depend on it: "
+            "under torch.no_grad or checkpoint(use_reentrant=True), detached, or without the model"
         )
     return gradient
 

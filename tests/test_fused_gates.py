@@ -188,8 +188,8 @@ def test_masks_of_bools_and_without_grad_mode():
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
-        (lambda m: m(X), r"fn: expected a scalar tensor, got shape \(4, 5\)"),
-        (lambda m: 1.0, "fn: expected a scalar tensor, got 1.0"),
+        (lambda m: m(X), r"loss: expected a scalar tensor, got shape \(4, 5\)"),
+        (lambda m: 1.0, "loss: expected a scalar tensor, got 1.0"),
         (lambda m: loss(m).detach(), "got one that does not depend on it"),
         (lambda m: X.sum(), "got one that does not depend on it"),
     ],

@@ -1,7 +1,6 @@
 #include "gru_loops.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "vector.h"
@@ -90,34 +89,13 @@ ATO_CLONES void transpose(const float* from, int64_t rows, int64_t columns, floa
   }
 }
 
-ATO_FN float power_of_two(float shifted) {
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits << 23) + 0x3f800000u;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// exp(x) - 1 as 2^n * (e^r - 1) + (2^n - 1), |r| <= ln(2)/2, Taylor to r^7 (remainder 5e-9). Small
-// x keep their relative accuracy. Clamped so that NaN stays NaN.
+// exp(x) - 1 as 2^n * m + (2^n - 1): small x keep their relative accuracy. Clamped so that NaN
+// stays NaN.
 ATO_FN float exp_minus_one(float x) {
   constexpr float kMost = 88.0f, kLeast = -87.0f;
-  const float inside = x < kLeast ? kLeast : (x > kMost ? kMost : x);
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
-  const float shifted = inside * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  // ln(2) in two parts: n times the first is exact.
-  const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r * r + r;
-  const float power = power_of_two(shifted);
-  return power * p + (power - 1.0f);
+  const auto [m, shifted] = exponential_of(x < kLeast ? kLeast : (x > kMost ? kMost : x));
+  const float power = float_of((bits_of(shifted) << 23) + 0x3f800000u);
+  return power * m + (power - 1.0f);
 }
 
 // Both from the argument's size, and near 1 as what is missing there: else errors of a large

@@ -1,25 +1,15 @@
 #include "masked_loops.h"
 
-#include <cstring>
 #include <limits>
 
 #include "vector.h"
 
 namespace ato {
 
+using cpu::bits_of;
+using cpu::float_of;
+
 namespace {
-
-ATO_FN uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
-ATO_FN float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
 
 // a where the condition holds, else b. By bits: compilers turn chains of ?: into branches, which
 // keep a loop from being vectorised.
@@ -61,23 +51,12 @@ namespace ato::cpu {
 
 namespace {
 
-// exp by 2^n * e^r, |r| <= ln(2)/2, Taylor to r^7 (remainder 5e-9); 0 below -87.
+// exp; 0 below -87.
 ATO_FN float exponential(float x) {
   constexpr float kMost = 88.72f, kLeast = -87.0f;
   const float inside = x < kLeast ? kLeast : (x > kMost ? kMost : x);
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
-  const float shifted = inside * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  // ln(2) in two parts: n times the first is exact.
-  const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  const float value = float_of(bits_of(p) + (bits_of(shifted) << 23));
+  const auto [m, shifted] = exponential_of(inside);
+  const float value = float_of(bits_of(m + 1.0f) + (bits_of(shifted) << 23));
   const float low = x < kLeast ? 0.0f : value;
   return x > kMost ? std::numeric_limits<float>::infinity() : low;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "group_step.h"
 
@@ -23,6 +24,39 @@
 #endif
 
 namespace ato::cpu {
+
+ATO_FN uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+ATO_FN float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// exp(x) = 2^n * (1 + m), with n in the lowest bits of `shifted`.
+struct Exponential {
+  float m, shifted;
+};
+
+// For -87 <= x <= 88.72: m by a Taylor series to r^7, |r| <= ln(2)/2 (remainder 5e-9).
+ATO_FN Exponential exponential_of(float x) {
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  // ln(2) in two parts: n times the first is exact.
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  return {p * r * r + r, shifted};
+}
 
 constexpr int64_t kLanes = 16;
 

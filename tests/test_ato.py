@@ -308,6 +308,26 @@ def test_bad_controller_loss_is_named(layout, value):
     assert run.model.training
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"controller_loss": "x"}, "controller_loss: expected a function .* got 'x'"),
+        ({"controller_data": 3}, "controller_data: expected an iterable of batches, got 3"),
+    ],
+)
+def test_wrong_controller_arguments_are_named_at_once(layout, changes, message):
+    with pytest.raises(TypeError, match=message):
+        new_run(layout, **changes)
+
+
+def test_models_without_parameters_and_scalers_that_are_none(layout):
+    with pytest.raises(ValueError, match="model: Sequential has no parameters"):
+        ato.ATO(torch.nn.Sequential(), (HELD[0],), optimizer=ato.SGD, budget=ato.Budget(macs=0.5),
+                schedule=SCHEDULE)  # fmt: skip
+    with pytest.raises(TypeError, match="scaler: expected a torch.amp.GradScaler, got int"):
+        new_run(layout).step(3)
+
+
 def test_controller_loss_must_be_a_scalar(layout):
     run = new_run(layout, controller_loss=lambda model, batch: model(batch[0]))
     with pytest.raises(RuntimeError, match=r"controller_loss.*expected a scalar.*\(12, 3\)"):

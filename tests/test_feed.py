@@ -20,6 +20,10 @@ def test_hold_out():
             hold_out(data, fraction)
     with pytest.raises(ValueError, match="at least 2 examples"):
         hold_out([0], 0.5)
+    with pytest.raises(TypeError, match="dataset: expected one with a length, got generator"):
+        hold_out(x for x in range(3))
+    with pytest.raises(TypeError, match=r"fraction: expected a number in \(0, 1\), got 'a'"):
+        hold_out(data, "a")
 
 
 def batches(feed, data, n):

@@ -130,7 +130,11 @@ def test_a_compiled_model_stays_compiled_however_often_it_is_cut(in_place):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"evaluate": 0.5}, TypeError, "evaluate: expected a function of the model, got 0.5"),
+        (
+            {"evaluate": 0.5},
+            TypeError,
+            "evaluate: expected a function that gets the model, got 0.5",
+        ),
         ({"ema": 3}, TypeError, "ema: expected a torch.nn.Module or a list of them, got int"),
         ({"ema": ["model"]}, TypeError, "ema: expected torch.nn.Modules, got a str"),
         ({"ema": nn.Linear(2, 2)}, ValueError, "ema: layout: not this model's"),

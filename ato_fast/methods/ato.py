@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Budget
+from ..capture import check_plain
 from ..group_optimizer import GroupOptimizer
 from ..groups import GroupLayout
 from ..inplace import plain
@@ -88,8 +89,16 @@ class ATO:
         for name, value, kind in (("budget", budget, Budget), ("schedule", schedule, Schedule)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected an ato.{kind.__name__}, got {value!r}")
-        if evaluate is not None and not callable(evaluate):
-            raise TypeError(f"evaluate: expected a function of the model, got {evaluate!r}")
+        for name, value in (("evaluate", evaluate), ("controller_loss", controller_loss)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name}: expected a function that gets the model, got {value!r}")
+        if not isinstance(controller_data, Iterable | None):
+            raise TypeError(
+                f"controller_data: expected an iterable of batches, got {controller_data!r}"
+            )
+        check_plain(plain(model))
+        if not any(True for _ in model.parameters()):
+            raise ValueError(f"model: {type(model).__name__} has no parameters")
         if layout is None:
             layout = trace(plain(model), example_inputs, scope=scope)
         layout = layout.tightened(min_channels, round_to)
@@ -175,11 +184,14 @@ class ATO:
                 ``scaler.update()`` stays with the caller.
 
         Raises:
+            TypeError: a ``scaler`` that is none.
             ValueError: no ``controller_data`` while the controller still needs it.
             RuntimeError: the ranks of a DistributedDataParallel run disagree on the mask.
             FloatingPointError: a loss of the controller, its logits or, at the end of an epoch, a
                 parameter is NaN or infinite.
         """
+        if scaler is not None and not hasattr(scaler, "step"):
+            raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
         if self.controller_data is None and not self.frozen:
             raise ValueError(
                 "controller_data: None; the controller needs batches the weights are not trained "

@@ -22,10 +22,14 @@ def hold_out(dataset: Dataset, fraction: float = 0.05, seed: int = 0) -> tuple[S
 
     Raises:
         ValueError: fraction out of range, or fewer than two examples.
-        TypeError: a DataLoader.
+        TypeError: a DataLoader or something else without a length, or a fraction that is no number.
     """
     if isinstance(dataset, DataLoader):
         raise TypeError("dataset: expected a dataset, got a DataLoader; pass loader.dataset")
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(f"dataset: expected one with a length, got {type(dataset).__name__}")
+    if not isinstance(fraction, int | float):
+        raise TypeError(f"fraction: expected a number in (0, 1), got {fraction!r}")
     n = len(dataset)
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: expected a share in (0, 1), got {fraction}")

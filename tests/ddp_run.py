@@ -62,6 +62,8 @@ def main(rank: int, port: int) -> None:
         assert "mask: ranks [1] hold another one than rank 0" in str(error), error
     else:
         raise AssertionError("the ranks disagree and nobody noticed")
+    # Nobody leaves while another may still be talking to it.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -52,6 +52,8 @@ def main(rank: int, port: int) -> None:
     both = [torch.empty_like(weights) for _ in range(2)]
     dist.all_gather(both, weights)
     assert torch.equal(*both) and len(weights) == layout.params()
+    # Nobody leaves while another may still be talking to it.
+    dist.barrier()
     dist.destroy_process_group()
     print(f"rank {rank}: {len(weights)} parameters")
 
